@@ -1,0 +1,368 @@
+"""The typed tree of one run: what a YAML file may say, and the one line it gets when it says something else.
+
+Lowest layer: everything imports it, it imports nothing of ours. It checks what can be known from the file alone;
+what needs the world size or the data (dp, the tokenizer's vocabulary) is checked where those are known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator as _model_validator
+
+MIXERS = ("sisa", "attention")
+
+
+class UserError(ValueError):
+    """Something the user can put right. Commands print it as one line and exit with code 2."""
+
+
+class Section(BaseModel):
+    """A block of the YAML. Unknown keys and wrong types are errors: a typo must never train a different model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AttentionConfig(Section):
+    """How the score is computed. Changes speed and memory, never the function."""
+
+    path: Literal["auto", "single", "bisected", "dense"] = "auto"
+    leaf: PositiveInt | None = None  # tokens of a diagonal block of the bisected path; None: chosen from T
+
+
+class ModelConfig(Section):
+    """The architecture. Two checkpoints with the same ModelConfig have the same parameter names and shapes."""
+
+    vocab_size: PositiveInt
+    vocab_multiple: PositiveInt = 128  # the embedding is padded to a multiple of it once, whatever the layout
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = None  # None: n_heads
+    head_dim: PositiveInt | None = None  # None: d_model / n_heads
+    d_ff: PositiveInt
+    mixer: Literal["sisa", "attention"] | list[Literal["sisa", "attention"]] = "sisa"  # one, or one per layer
+    d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
+    log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
+    tie_embeddings: bool = True
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        return [self.mixer] * self.n_layers if isinstance(self.mixer, str) else list(self.mixer)
+
+    @property
+    def layer_d_s(self) -> list[int]:
+        """SSM channels per head of every layer; 0 where the mixer has none."""
+        if isinstance(self.d_s, list):
+            return list(self.d_s)
+        return [(self.d_s or 0) if mixer == "sisa" else 0 for mixer in self.layer_mixers]
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            below = self.d_model // self.n_heads * self.n_heads
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: set d_model to {below} or "
+                f"{below + self.n_heads}, or set head_dim"
+            )
+        if self.width_per_head % 2:
+            raise ValueError(f"head_dim {self.width_per_head} is odd and RoPE turns pairs: set an even head_dim")
+        if self.n_heads % self.kv_heads:
+            good = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            raise ValueError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: set one of {good}")
+        if len(self.layer_mixers) != self.n_layers:
+            raise ValueError(f"mixer lists {len(self.layer_mixers)} layers, n_layers is {self.n_layers}: make them equal")
+        if isinstance(self.d_s, list) and len(self.d_s) != self.n_layers:
+            raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
+        if self.d_s is not None and "sisa" not in self.layer_mixers:
+            raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
+        if self.d_s is None and "sisa" in self.layer_mixers:
+            raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
+        for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):
+            if mixer == "sisa" and (d_s < 2 or d_s % 2):
+                raise ValueError(f"d_s of layer {layer} is {d_s}: channels turn in pairs, set an even number from 2")
+            if mixer == "attention" and d_s:
+                raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is attention: set 0 there")
+        if self.log_alpha_min is not None and not self.log_alpha_min < 0:
+            raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
+        return self
+
+
+class TokenizerConfig(Section):
+    path: str | None = None  # an existing SentencePiece model; None: one is trained on the data
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    sample_bytes: PositiveInt = 32_000_000  # text the trainer sees at most
+
+
+class DataConfig(Section):
+    input: str | list[str] = "python-stdlib"  # files, folders or globs; python-stdlib: the sources of Python itself
+    text_key: str = "text"
+    folder: str | None = None  # where the shards are; None: data/ in the run folder
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    member_tokens: PositiveInt = 16_384  # tokens of one tar member
+    shard_members: PositiveInt = 256  # members of one tar
+    validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)  # of the documents, chosen by hash of their text
+    lanes: PositiveInt = 8  # reading locality only: contiguous stretches of the epoch read side by side
+    document_mask: bool = False  # true: no token sees another document
+    prefetch: NonNegativeInt = 4  # batches read ahead
+
+
+class ParallelConfig(Section):
+    dp: PositiveInt | None = None  # data-parallel ranks; None: every process
+
+
+class EngineConfig(Section):
+    kind: Literal["fsdp2"] = "fsdp2"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
+    activation_checkpointing: bool = False
+
+
+class OptimizerConfig(Section):
+    """AdamW of sisa.md §2. λ_raw, norm gains and biases are not decayed; λ_raw learns at lr × lambda_lr_ratio."""
+
+    lr: PositiveFloat = 6e-4
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    lambda_lr_ratio: float = Field(default=0.1, ge=0.0)
+    grad_clip: PositiveFloat | None = 1.0  # global L2 norm
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 500
+    decay_steps: PositiveInt | None = None  # wsd only: length of the final linear decay
+    final_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.decay_steps is None:
+            raise ValueError("schedule.kind wsd needs decay_steps: set it, for example to a fifth of training.steps")
+        if self.kind == "cosine" and self.decay_steps is not None:
+            raise ValueError("decay_steps has no effect with schedule.kind cosine: remove it or set kind: wsd")
+        return self
+
+
+class TrainingConfig(Section):
+    steps: PositiveInt
+    seq_len: PositiveInt = 2048
+    micro_batch_size: PositiveInt = 1  # windows of one forward on one rank
+    global_batch_tokens: PositiveInt
+    eval_every: PositiveInt | None = None  # steps; None: only after the last
+    eval_windows: PositiveInt = 32  # validation windows of an evaluation during the run
+    checkpoint_every: PositiveInt | None = None  # steps; None: only after the last
+    keep_last: PositiveInt = 2  # checkpoints kept
+
+    @property
+    def global_batch_windows(self) -> int:
+        return self.global_batch_tokens // self.seq_len
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        unit = self.seq_len * self.micro_batch_size
+        if self.global_batch_tokens % unit:
+            below = self.global_batch_tokens // unit * unit
+            near = f"{below} or {below + unit}" if below else f"{unit}"
+            raise ValueError(
+                f"global_batch_tokens {self.global_batch_tokens} is not a multiple of seq_len × micro_batch_size = "
+                f"{unit}: set {near}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    batch_size: PositiveInt = 8
+    perplexity_windows: PositiveInt | None = None  # None: the whole validation split
+    lambada: str | None = None  # a LAMBADA .jsonl with a text field; None: skipped
+    niah: bool = False
+    niah_items: PositiveInt = 200
+    niah_context: PositiveInt = 512  # tokens
+
+
+class LoggingConfig(Section):
+    every: PositiveInt = 1  # steps between lines on the console; metrics.jsonl has every step
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "sisa"
+
+
+class RunConfig(Section):
+    """One run. `load_config` makes it from a YAML file."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    output_dir: str = "runs/run"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    attention: AttentionConfig = AttentionConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def data_folder(self) -> Path:
+        return Path(self.data.folder) if self.data.folder else Path(self.output_dir) / "data"
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        spent = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
+        if spent > self.training.steps:
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = {spent} exceed training.steps {self.training.steps}: "
+                f"lower them or set training.steps to at least {spent}"
+            )
+        if self.data.member_tokens < 2:
+            raise ValueError("data.member_tokens must be at least 2: set it to 16384")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice: remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by the YAML file `path`, with `overrides` like "training.steps=200" laid over it.
+
+    A file may say `extends: other.yaml` (relative to itself); that file may not extend another.
+    Raises UserError, one line that names the key and the remedy.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if (base := tree.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: extends: must name one YAML file")
+        parent = _read_yaml(path.parent / base)
+        if "extends" in parent:
+            raise UserError(f"{path}: extends: {base} itself extends {parent['extends']}: only one level is allowed")
+        tree = _merge(parent, tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {override}: write KEY=VALUE, for example training.steps=200")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not YAML ({_first_line(error)}): quote it") from None
+        _set_dotted(tree, key, value)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], *, source: str) -> RunConfig:
+    """`tree` as a RunConfig; errors are one line that starts with `source`."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys, this file holds {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {dotted}: {parent} is a value, it has no keys below it")
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as `key: what is wrong and what to do`."""
+    problem = error.errors()[0]
+    where = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(str(part)))
+    key = ".".join(str(part) for part in where)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; set it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {problem['input']!r})"
+
+
+def _is_union_tag(part: str) -> bool:
+    return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list"}
+
+
+def _known_keys(where: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in where:
+        inner = section.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        section = inner
+    return list(section.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
