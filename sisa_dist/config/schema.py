@@ -1,26 +1,16 @@
-"""The typed tree of one run: what a YAML file may say, and the one line it gets when it says something else.
+"""The typed tree of one run: what a YAML file may say.
 
-Lowest layer: everything imports it, it imports nothing of ours. It checks what can be known from the file alone;
-what needs the world size or the data (dp, the tokenizer's vocabulary) is checked where those are known.
+It checks what can be known from the file alone; what needs the world size or the data (dp, the tokenizer's
+vocabulary) is checked where those are known.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
-
-MIXERS = ("sisa", "attention")
-
-
-class UserError(ValueError):
-    """Something the user can put right. Commands print it as one line and exit with code 2."""
 
 
 class Section(BaseModel):
@@ -92,7 +82,9 @@ class ModelConfig(Section):
             good = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ValueError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: set one of {good}")
         if len(self.layer_mixers) != self.n_layers:
-            raise ValueError(f"mixer lists {len(self.layer_mixers)} layers, n_layers is {self.n_layers}: make them equal")
+            raise ValueError(
+                f"mixer lists {len(self.layer_mixers)} layers, n_layers is {self.n_layers}: make them equal"
+            )
         if isinstance(self.d_s, list) and len(self.d_s) != self.n_layers:
             raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
         if self.d_s is not None and "sisa" not in self.layer_mixers:
@@ -239,130 +231,3 @@ class RunConfig(Section):
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice: remove one")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by the YAML file `path`, with `overrides` like "training.steps=200" laid over it.
-
-    A file may say `extends: other.yaml` (relative to itself); that file may not extend another.
-    Raises UserError, one line that names the key and the remedy.
-    """
-    path = Path(path)
-    tree = _read_yaml(path)
-    if (base := tree.pop("extends", None)) is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{path}: extends: must name one YAML file")
-        parent = _read_yaml(path.parent / base)
-        if "extends" in parent:
-            raise UserError(f"{path}: extends: {base} itself extends {parent['extends']}: only one level is allowed")
-        tree = _merge(parent, tree)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {override}: write KEY=VALUE, for example training.steps=200")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override}: the value is not YAML ({_first_line(error)}): quote it") from None
-        _set_dotted(tree, key, value)
-    return parse_config(tree, source=str(path))
-
-
-def parse_config(tree: dict[str, Any], *, source: str) -> RunConfig:
-    """`tree` as a RunConfig; errors are one line that starts with `source`."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys, this file holds {type(tree).__name__}")
-    return tree
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {dotted}: {parent} is a value, it has no keys below it")
-    tree[leaf] = value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem as `key: what is wrong and what to do`."""
-    problem = error.errors()[0]
-    where = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(str(part)))
-    key = ".".join(str(part) for part in where)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{key}: missing; set it"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message} (got {problem['input']!r})"
-
-
-def _is_union_tag(part: str) -> bool:
-    return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list"}
-
-
-def _known_keys(where: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
-    for part in where:
-        inner = section.model_fields[str(part)].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        section = inner
-    return list(section.model_fields)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())

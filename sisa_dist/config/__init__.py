@@ -1,0 +1,37 @@
+"""The typed config of a run. Lowest layer: everything imports it, it imports nothing of ours."""
+
+from sisa_dist.config.errors import UserError
+from sisa_dist.config.load import dump_config, load_config, parse_config
+from sisa_dist.config.schema import (
+    AttentionConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "UserError",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

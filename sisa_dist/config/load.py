@@ -1,0 +1,142 @@
+"""From a YAML file and `--set` overrides to a RunConfig, and one clear line for what is wrong with them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from sisa_dist.config.errors import UserError
+from sisa_dist.config.schema import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice: remove one")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by the YAML file `path`, with `overrides` like "training.steps=200" laid over it.
+
+    A file may say `extends: other.yaml` (relative to itself); that file may not extend another.
+    Raises UserError, one line that names the key and the remedy.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    if (base := tree.pop("extends", None)) is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: extends: must name one YAML file")
+        parent = _read_yaml(path.parent / base)
+        if "extends" in parent:
+            raise UserError(f"{path}: extends: {base} itself extends {parent['extends']}: only one level is allowed")
+        tree = _merge(parent, tree)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {override}: write KEY=VALUE, for example training.steps=200")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not YAML ({_first_line(error)}): quote it") from None
+        _set_dotted(tree, key, value)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], *, source: str) -> RunConfig:
+    """`tree` as a RunConfig; errors are one line that starts with `source`."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys, this file holds {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {dotted}: {parent} is a value, it has no keys below it")
+    tree[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as `key: what is wrong and what to do`."""
+    problem = error.errors()[0]
+    where = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(str(part)))
+    key = ".".join(str(part) for part in where)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(str(where[-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; set it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message} (got {problem['input']!r})"
+
+
+def _is_union_tag(part: str) -> bool:
+    return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list"}
+
+
+def _known_keys(where: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in where:
+        inner = section.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        section = inner
+    return list(section.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())
