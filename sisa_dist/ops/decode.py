@@ -1,0 +1,162 @@
+"""Generation with a cache: append a chunk's keys, attend everything cached.
+
+One object serves one layer. Chunks may have any length (a prompt, one token, several drafted tokens). The cache keeps
+B already rotated and the running decay g *un-exponentiated* in fp64, so a query multiplies λ e^{g_i−g_j} ≤ 1 after
+the dot product: with one fixed reference, as in the one-call form, long generation overflows. No gradients here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sisa_dist.config import UserError
+from sisa_dist.ops.attention import causal_attention
+from sisa_dist.ops.masks import causal_mask
+from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
+from sisa_dist.ops.score import sisa_attention
+
+# Queries scored at once against the cache: bounds the explicit [.., rows, length] scores of a long chunk.
+ROWS = 256
+
+
+class GrowingBuffer:
+    """Append along dim 2 at amortised constant cost: capacity doubles, so n tokens cost O(n) copies in all."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._store: Tensor | None = None
+
+    def append(self, x: Tensor) -> Tensor:
+        """Append `[B, H, t, ...]`; returns a view of everything held, `[B, H, length, ...]`."""
+        needed = self.length + x.shape[2]
+        store = self._store
+        if store is None or needed > store.shape[2]:
+            grown = x.new_empty(*x.shape[:2], max(needed, 2 * self.length), *x.shape[3:])
+            if store is not None:
+                grown[:, :, : self.length] = store[:, :, : self.length]
+            store = self._store = grown
+        if store.shape[:2] != x.shape[:2] or store.shape[3:] != x.shape[3:] or store.dtype != x.dtype:
+            raise UserError(f"cache: a chunk {tuple(x.shape)} {x.dtype} does not continue the one held")
+        store[:, :, self.length : needed] = x
+        self.length = needed
+        return store[:, :, :needed]
+
+
+class AttentionCache:
+    """Keys and values of one plain attention layer."""
+
+    def __init__(self) -> None:
+        self._k, self._v = GrowingBuffer(), GrowingBuffer()
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._k.length
+
+    @torch.no_grad()
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Append k `[B, H_kv, t, d]`, v `[B, H_kv, t, d_v]`; attend q `[B, H, t, d]` to all cached tokens, causally.
+
+        Returns `[B, H, t, d_v]` in q's dtype: what `causal_attention` gives for the last t tokens of the full run.
+        """
+        t = q.shape[2]
+        first = self.length == 0
+        k_all, v_all = self._k.append(k), self._v.append(v)
+        if first:
+            return causal_attention(q, k, v, scale=scale)
+        mask = None if t == 1 else causal_mask(t, self.length, device=q.device)
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(
+                q, k_all, v_all, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+
+
+class SisaCache:
+    """Keys, values, rotated B and running decay of one SISA layer."""
+
+    def __init__(self) -> None:
+        self._k, self._v, self._B, self._g = (GrowingBuffer() for _ in range(4))
+        self._last: tuple[Tensor, Tensor] | None = None  # g and Φ mod 2π after the last token, fp64
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._k.length
+
+    @torch.no_grad()
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        C: Tensor,
+        B: Tensor,
+        log_alpha: Tensor,
+        theta: Tensor,
+        lam: Tensor,
+        *,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Append one chunk of t tokens and attend its queries to everything cached.
+
+        Shapes are those of `sisa_attention` with t in place of T. Returns `[B, H, t, d_v]` in q's dtype: what
+        `sisa_attention` gives for the last t tokens of the full run.
+        """
+        H, t = q.shape[1], q.shape[2]
+        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        first = self.length == 0
+        g_BGt, phase_BGtm = running_sum(log_alpha, dim=-1), running_sum(theta, dim=-2)
+        if self._last is not None:
+            g_BGt = g_BGt + self._last[0]
+            phase_BGtm = phase_BGtm + self._last[1]
+        phase_BGtm = torch.remainder(phase_BGtm, 2 * math.pi)
+        cos, sin = phase_cos_sin(phase_BGtm, dtype=work)
+        k_all, v_all = self._k.append(k), self._v.append(v)
+        B_all = self._B.append(rotate(B.to(work), cos, sin).to(B.dtype))
+        g_all = self._g.append(g_BGt)
+        self._last = g_BGt[:, :, -1:].clone(), phase_BGtm[:, :, -1:].clone()
+        if first:
+            return sisa_attention(q, k, v, C, B, log_alpha, theta, lam, scale=scale)
+
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        with torch.autocast(q.device.type, enabled=False):
+            C_rot = rotate(C.to(work), expand_kv(cos, H), expand_kv(sin, H)) * lam.to(work)[:, None, None]
+            rows = [
+                _attend_rows(
+                    q[:, :, i : i + ROWS].to(work),
+                    C_rot[:, :, i : i + ROWS],
+                    g_BGt[:, :, i : i + ROWS],
+                    *(x[:, :, : self.length - t + min(i + ROWS, t)] for x in (k_all, v_all, B_all, g_all)),
+                    scale=scale,
+                )
+                for i in range(0, t, ROWS)
+            ]
+        return torch.cat(rows, dim=2).to(q.dtype)
+
+
+def _attend_rows(
+    q_BHrd: Tensor,
+    C_BHrs: Tensor,
+    g_BGr: Tensor,
+    k_BGnd: Tensor,
+    v_BGnv: Tensor,
+    B_BGns: Tensor,
+    g_BGn: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Softmax over n keys of the last r of them as queries; every head of a group shares its keys without a copy."""
+    batch, H, r, _ = q_BHrd.shape
+    G, n, work = k_BGnd.shape[1], k_BGnd.shape[2], q_BHrd.dtype
+    q, C = (x.reshape(batch, G, H // G * r, -1) for x in (q_BHrd, C_BHrs))
+    decay_BGrn = (g_BGr[..., :, None] - g_BGn[..., None, :]).clamp(max=0.0).to(work).exp()
+    score = ((C @ B_BGns.to(work).mT).unflatten(2, (-1, r)) * decay_BGrn[:, :, None]).flatten(2, 3)
+    score = score + (q @ k_BGnd.to(work).mT) * scale
+    if r > 1:
+        hidden = ~causal_mask(r, n, device=q.device)
+        score = score.unflatten(2, (-1, r)).masked_fill(hidden, float("-inf")).flatten(2, 3)
+    return (score.softmax(-1) @ v_BGnv.to(work)).reshape(batch, H, r, -1)
