@@ -1,0 +1,88 @@
+"""Initial values as a pure function of (seed, parameter name, global index).
+
+Nothing here depends on how many processes there are or what was drawn before: a rank that holds rows 100..199 of a
+weight draws those rows and gets the bits the one-process model has. Blocks of 2^16 elements each have a Philox
+generator of their own (numpy's streams are the same on every platform), so a slice costs its own blocks only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_BLOCK = 1 << 16
+
+
+class Init(Protocol):
+    """How one parameter starts: `start`..`stop` are positions in the flattened global tensor."""
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
+        return np.full(stop - start, self.value, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Normal:
+    std: float
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
+        out = np.empty(stop - start, dtype=np.float32)
+        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+            values = _generator(key, block).standard_normal(_BLOCK, dtype=np.float32)
+            low, high = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
+            out[low - start : high - start] = values[low - block * _BLOCK : high - block * _BLOCK]
+        return out * np.float32(self.std)
+
+
+def init_parameters(model: nn.Module, *, seed: int, std: float) -> None:
+    """Fill every parameter in place, plain or DTensor (then only this rank's part).
+
+    A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
+    """
+    with torch.no_grad():
+        for module_name, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                rules: dict[str, Init] = getattr(module, "init_rules", {})
+                if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):
+                    raise AssertionError(f"{module_name}.{name} has no initial value: add it to init_rules")
+                full_name = f"{module_name}.{name}" if module_name else name
+                _fill(parameter, rules.get(name, Normal(std)), _key(seed, full_name))
+
+
+def _fill(parameter: Tensor, rule: Init, key: bytes) -> None:
+    shape = tuple(parameter.shape)
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        local_shape, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    else:
+        local, local_shape, offset = parameter, shape, (0,) * len(shape)
+    if local.numel() == 0:
+        return
+    # Whole leading rows are one flat range; columns, where they are cut, are cut from that range.
+    row = int(np.prod(shape[1:], dtype=np.int64))
+    rows = rule.draw(key, offset[0] * row, (offset[0] + local_shape[0]) * row)
+    values = rows.reshape(local_shape[0], *shape[1:])
+    for dim in range(1, len(shape)):
+        values = values.take(range(offset[dim], offset[dim] + local_shape[dim]), axis=dim)
+    local.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def _key(seed: int, name: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+
+
+def _generator(key: bytes, block: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[int.from_bytes(key, "little"), block]))

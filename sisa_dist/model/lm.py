@@ -1,0 +1,90 @@
+"""The language model: embedding, blocks, final norm, head. It knows nothing of how it is split or stored."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.block import Block
+from sisa_dist.model.init import init_parameters
+from sisa_dist.model.loss import IGNORE, cross_entropy_sum, score_targets
+from sisa_dist.model.norm import RMSNorm
+from sisa_dist.model.rope import rope_tables
+from sisa_dist.ops import AttentionCache, SisaCache
+
+Cache = list[AttentionCache | SisaCache]
+
+
+class LM(nn.Module):
+    """Decoder-only language model over token ids.
+
+    forward(tokens, labels) → (loss sum, count), because a loss formed outside forward meets sharded parameters;
+    forward(tokens, labels, per_token=True) → (log-probability, is-argmax) of each label;
+    forward(tokens) → logits [B, T, vocab_size] fp32 (padding columns cut off), or of the last position only.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        *,
+        doc_ids_BT: Tensor | None = None,
+        per_token: bool = False,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None."""
+        config = self.config
+        start = cache[0].length if cache else 0
+        h_BTD = self.embed(tokens_BT)
+        rope = rope_tables(
+            start,
+            tokens_BT.shape[1],
+            head_dim=config.width_per_head,
+            theta=config.rope_theta,
+            device=tokens_BT.device,
+        )
+        for layer, block in enumerate(self.blocks):
+            h_BTD = block(h_BTD, rope, doc_ids_BT, cache[layer] if cache else None)
+        if last_only:
+            h_BTD = h_BTD[:, -1:]
+        h_BTD = self.norm(h_BTD)
+        weight_VD = self.embed.weight if config.tie_embeddings else self.head.weight
+        if labels_BT is None:
+            return F.linear(h_BTD, weight_VD)[..., : config.vocab_size].float()
+        flat = (h_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
+        if per_token:
+            log_prob_N, is_argmax_N = score_targets(*flat, vocab_size=config.vocab_size)
+            return log_prob_N.view_as(labels_BT), is_argmax_N.view_as(labels_BT)
+        return cross_entropy_sum(*flat, vocab_size=config.vocab_size), (labels_BT != IGNORE).sum()
+
+    def new_cache(self) -> Cache:
+        """An empty decode cache, one entry per layer."""
+        return [block.mixer.new_cache() for block in self.blocks]  # type: ignore[union-attr, operator]
+
+
+def build_model(config: ModelConfig, *, attention: AttentionConfig | None = None, seed: int = 0) -> LM:
+    """The model of `config` with its initial weights (fp32) on the current default device.
+
+    Under `torch.device("meta")` it has shapes only. Initial values depend on (seed, name, index) alone.
+    """
+    model = LM(config, attention or AttentionConfig())
+    if not model.embed.weight.is_meta:
+        init_parameters(model, seed=seed, std=config.init_std)
+    return model
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Distinct parameters; a tied embedding counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+

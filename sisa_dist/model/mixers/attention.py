@@ -1,0 +1,57 @@
+"""Causal softmax attention with RoPE and grouped-query heads: the Transformer SISA is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.rope import RopeTables, apply_rope
+from sisa_dist.ops import AttentionCache, causal_attention
+
+
+class AttentionScore(nn.Module):
+    """The score as a submodule, so that context parallelism can put another in its place."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, doc_ids: Tensor | None, cache: AttentionCache | None
+    ) -> Tensor:
+        if cache is not None:
+            return cache.attend(q, k, v)
+        return causal_attention(q, k, v, doc_ids=doc_ids)
+
+
+class Attention(nn.Module):
+    """y = softmax(q·k/√d_h) v per head, out = W_O y. Vaswani et al. 2017; RoPE on q and k."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
+        super().__init__()
+        d, d_h = config.d_model, config.width_per_head
+        self.head_dim = d_h
+        self.wq = nn.Linear(d, config.n_heads * d_h, bias=False)
+        self.wk = nn.Linear(d, config.kv_heads * d_h, bias=False)
+        self.wv = nn.Linear(d, config.kv_heads * d_h, bias=False)
+        self.wo = nn.Linear(config.n_heads * d_h, d, bias=False)
+        self.score = AttentionScore()
+
+    @staticmethod
+    def new_cache() -> AttentionCache:
+        return AttentionCache()
+
+    def forward(
+        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: AttentionCache | None = None
+    ) -> Tensor:
+        q_BHTK = apply_rope(split_heads(self.wq(x_BTD), self.head_dim), rope)
+        k_BHTK = apply_rope(split_heads(self.wk(x_BTD), self.head_dim), rope)
+        v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
+        y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
+        return self.wo(merge_heads(y_BHTK))
+
+
+def split_heads(x_BTD: Tensor, width: int) -> Tensor:
+    """[B, T, H·width] → [B, H, T, width]; H is whatever this rank holds."""
+    return x_BTD.view(*x_BTD.shape[:2], -1, width).transpose(1, 2)
+
+
+def merge_heads(x_BHTK: Tensor) -> Tensor:
+    """[B, H, T, width] → [B, T, H·width]."""
+    return x_BHTK.transpose(1, 2).flatten(2)

@@ -1,0 +1,117 @@
+"""SISA: softmax attention whose score carries a state-space model's importance term (arXiv 2606.02332).
+
+    log α_t = −softplus(w_αᵀ x_t + b_α)          g_t = Σ_{k≤t} log α_k
+    θ_t     = W_θ x_t                             Φ_t = Σ_{k≤t} θ_k
+    s_ij    = q_i·k_j/√d_h  +  λ · e^{g_i − g_j} · C_iᵀ R(Φ_j − Φ_i) B_j        (i ≥ j)
+    y_i     = Σ_j softmax_j(s_ij) v_j             out = W_O y
+
+One RMS-normed x feeds every projection. With grouped-query heads B, α and θ belong to the kv head, C and λ to the
+query head (ours; n_kv_heads = n_heads is the paper). How s is computed without ever forming it: `sisa_dist.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.init import Constant, Init, Normal
+from sisa_dist.model.mixers.attention import merge_heads, split_heads
+from sisa_dist.model.rope import RopeTables, apply_rope
+from sisa_dist.ops import SisaCache, sisa_attention
+
+
+class Decay(nn.Module):
+    """log α = −softplus(w_αᵀ x + b_α) ≤ 0 per kv head, fp32 throughout. b_α = −5: a half-life of ≈ 103 tokens.
+
+    `log_alpha_min` is the declared bound that lets the score run as one SDPA call; log α is clamped to it.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, *, log_alpha_min: float | None, std: float) -> None:
+        super().__init__()
+        self.init_rules: dict[str, Init] = {"weight": Normal(std), "bias": Constant(-5.0)}
+        self.log_alpha_min = log_alpha_min
+        self.weight = nn.Parameter(torch.empty(n_heads, d_model))
+        self.bias = nn.Parameter(torch.empty(n_heads))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, H_kv, T] fp32."""
+        log_alpha_BTH = -F.softplus(F.linear(x_BTD.float(), self.weight, self.bias))
+        if self.log_alpha_min is not None:
+            log_alpha_BTH = log_alpha_BTH.clamp(min=self.log_alpha_min)
+        return log_alpha_BTH.transpose(1, 2)
+
+
+class Importance(nn.Module):
+    """λ = softplus(λ_raw), one scalar per query head, fp32. λ_raw = −1: λ ≈ 0.313."""
+
+    init_rules: ClassVar[dict[str, Init]] = {"lambda_raw": Constant(-1.0)}
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.lambda_raw = nn.Parameter(torch.empty(n_heads))
+
+    def forward(self) -> Tensor:
+        return F.softplus(self.lambda_raw.float())
+
+
+class SisaScore(nn.Module):
+    """The score as a submodule, so that context parallelism can put another in its place."""
+
+    def __init__(self, attention: AttentionConfig, log_alpha_min: float | None) -> None:
+        super().__init__()
+        self.path, self.leaf, self.log_alpha_min = attention.path, attention.leaf, log_alpha_min
+
+    def forward(self, *qkvCB_log_alpha_theta_lam: Tensor, doc_ids: Tensor | None, cache: SisaCache | None) -> Tensor:
+        if cache is not None:
+            return cache.attend(*qkvCB_log_alpha_theta_lam)
+        return sisa_attention(
+            *qkvCB_log_alpha_theta_lam,
+            doc_ids=doc_ids,
+            path=self.path,
+            leaf=self.leaf,
+            log_alpha_min=self.log_alpha_min,
+        )
+
+
+class SISA(nn.Module):
+    """The layer of the equations above. x [B, T, d_model] → [B, T, d_model]."""
+
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
+        super().__init__()
+        d, d_h, d_s = config.d_model, config.width_per_head, config.layer_d_s[layer]
+        n_heads, n_kv_heads = config.n_heads, config.kv_heads
+        self.head_dim, self.d_s = d_h, d_s
+        self.wq = nn.Linear(d, n_heads * d_h, bias=False)
+        self.wk = nn.Linear(d, n_kv_heads * d_h, bias=False)
+        self.wv = nn.Linear(d, n_kv_heads * d_h, bias=False)
+        self.wc = nn.Linear(d, n_heads * d_s, bias=False)
+        self.wb = nn.Linear(d, n_kv_heads * d_s, bias=False)
+        self.wtheta = nn.Linear(d, n_kv_heads * d_s // 2, bias=False)
+        self.wtheta.init_rules = {"weight": Normal(0.01)}  # type: ignore[assignment]  # sisa.md §1
+        self.decay = Decay(d, n_kv_heads, log_alpha_min=config.log_alpha_min, std=config.init_std)
+        self.importance = Importance(n_heads)
+        self.wo = nn.Linear(n_heads * d_h, d, bias=False)
+        self.score = SisaScore(attention, config.log_alpha_min)
+
+    @staticmethod
+    def new_cache() -> SisaCache:
+        return SisaCache()
+
+    def forward(
+        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: SisaCache | None = None
+    ) -> Tensor:
+        q_BHTK = apply_rope(split_heads(self.wq(x_BTD), self.head_dim), rope)
+        k_BHTK = apply_rope(split_heads(self.wk(x_BTD), self.head_dim), rope)
+        v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
+        C_BHTS = split_heads(self.wc(x_BTD), self.d_s)
+        B_BHTS = split_heads(self.wb(x_BTD), self.d_s)
+        theta_BHTP = split_heads(self.wtheta(x_BTD), self.d_s // 2).float()  # its running sum must be fp32
+        log_alpha_BHT, lam_H = self.decay(x_BTD), self.importance()
+        y_BHTK = self.score(
+            q_BHTK, k_BHTK, v_BHTK, C_BHTS, B_BHTS, log_alpha_BHT, theta_BHTP, lam_H, doc_ids=doc_ids, cache=cache
+        )
+        return self.wo(merge_heads(y_BHTK))

@@ -1,0 +1,26 @@
+"""RMSNorm, computed in fp32 whatever the dtype of the residual stream."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sisa_dist.model.init import Constant, Init
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · gain over the last dim; returns x's dtype. Zhang & Sennrich 2019."""
+
+    init_rules: ClassVar[dict[str, Init]] = {"weight": Constant(1.0)}
+
+    def __init__(self, width: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A bf16 gain of 1.0011 is 1.0: the gain stays fp32 and the product is rounded once, at the end.
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
