@@ -10,6 +10,7 @@ from sisa_dist.model.block import Block
 from sisa_dist.model.init import init_parameters
 from sisa_dist.model.loss import IGNORE, cross_entropy_sum, score_targets
 from sisa_dist.model.norm import RMSNorm
+from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import rope_tables
 from sisa_dist.ops import AttentionCache, SisaCache
 
@@ -61,7 +62,7 @@ class LM(nn.Module):
         h_BTD = self.norm(h_BTD)
         weight_VD = self.embed.weight if config.tie_embeddings else self.head.weight
         if labels_BT is None:
-            return F.linear(h_BTD, weight_VD)[..., : config.vocab_size].float()
+            return at_least_fp32(F.linear(h_BTD, weight_VD)[..., : config.vocab_size])
         flat = (h_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
         if per_token:
             log_prob_N, is_argmax_N = score_targets(*flat, vocab_size=config.vocab_size)
@@ -87,4 +88,3 @@ def build_model(config: ModelConfig, *, attention: AttentionConfig | None = None
 def num_parameters(model: nn.Module) -> int:
     """Distinct parameters; a tied embedding counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
-

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sisa_dist.model.precision import at_least_fp32
+
 IGNORE = -100  # a label that does not count
 
 _CHUNK_ELEMENTS = 1 << 22  # logits alive at once: 16 MB in fp32, stays in cache on a CPU and is small on a GPU
@@ -35,7 +37,7 @@ def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, vocab_si
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
             picked_N = logits_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]
-            log_prob_N[rows] = torch.where(valid_N, picked_N - logits_NV.logsumexp(1), 0.0)
+            log_prob_N[rows] = torch.where(valid_N, picked_N - logits_NV.logsumexp(1), 0.0).float()
             is_argmax_N[rows] = ~valid_N | (logits_NV.argmax(1) == label_N)
     return log_prob_N, is_argmax_N
 
@@ -43,11 +45,11 @@ def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, vocab_si
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:
+        loss = torch.zeros((), dtype=at_least_fp32(h_ND.new_empty(0)).dtype, device=h_ND.device)
         want_h, want_weight = ctx.needs_input_grad[:2]
         dh_ND = torch.empty_like(h_ND) if want_h else None
         # fp32: a bf16 sum over many chunks would lose the small ones.
-        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=loss.dtype) if want_weight else None
         for rows in _chunks(h_ND.shape[0], weight_VD.shape[0]):
             logits_NV = _logits(h_ND[rows], weight_VD, vocab_size)
             label_N = labels_N[rows]
@@ -59,11 +61,11 @@ class _CrossEntropySum(torch.autograd.Function):
                 continue
             # softmax − one-hot, in the logits' own memory; rows of ignored labels are 0.
             grad_NV = logits_NV.sub_(lse_N[:, None]).exp_()
-            grad_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1.0, dtype=torch.float32))
+            grad_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1.0, dtype=grad_NV.dtype))
             grad_NV = grad_NV.mul_(valid_N[:, None]).to(h_ND.dtype)
             if dh_ND is not None:
                 torch.mm(grad_NV, weight_VD, out=dh_ND[rows])
-            if dweight_VD is not None and h_ND.dtype == torch.float32:
+            if dweight_VD is not None and h_ND.dtype == dweight_VD.dtype:
                 dweight_VD.addmm_(grad_NV.t(), h_ND[rows])
             elif dweight_VD is not None:
                 dweight_VD += grad_NV.t() @ h_ND[rows]
@@ -80,7 +82,7 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def _logits(h_ND: Tensor, weight_VD: Tensor, vocab_size: int) -> Tensor:
-    logits_NV = (h_ND @ weight_VD.t()).float()
+    logits_NV = at_least_fp32(h_ND @ weight_VD.t())
     if vocab_size < weight_VD.shape[0]:
         logits_NV[:, vocab_size:] = float("-inf")
     return logits_NV

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_dist.model.init import Constant, Init
+from sisa_dist.model.precision import at_least_fp32
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps) · gain over the last dim; returns x's dtype. Zhang & Sennrich 2019."""
 
     init_rules: ClassVar[dict[str, Init]] = {"weight": Constant(1.0)}
+    fp32_in_forward = True  # read by the engines: bf16 must not reach these parameters
 
     def __init__(self, width: int, *, eps: float) -> None:
         super().__init__()
@@ -23,4 +25,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A bf16 gain of 1.0011 is 1.0: the gain stays fp32 and the product is rounded once, at the end.
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(at_least_fp32(x), self.weight.shape, self.weight, self.eps).to(x.dtype)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sisa_dist.model.precision import at_least_fp32
+
 
 class RopeTables(NamedTuple):
     cos_TK: Tensor  # [T, head_dim/2] fp32
@@ -28,6 +30,6 @@ def rope_tables(start: int, length: int, *, head_dim: int, theta: float, device:
 
 def apply_rope(x_BHTK: Tensor, tables: RopeTables) -> Tensor:
     """x turned by its position, computed in fp32, in x's dtype."""
-    a, b = x_BHTK.float().chunk(2, dim=-1)
+    a, b = at_least_fp32(x_BHTK).chunk(2, dim=-1)
     cos, sin = tables
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTK.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.init import Constant, Init, Normal
 from sisa_dist.model.mixers.attention import merge_heads, split_heads
+from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import SisaCache, sisa_attention
 
@@ -30,18 +31,23 @@ class Decay(nn.Module):
     `log_alpha_min` is the declared bound that lets the score run as one SDPA call; log α is clamped to it.
     """
 
+    fp32_in_forward = True  # read by the engines: bf16 must not reach these parameters
+
     def __init__(self, d_model: int, n_heads: int, *, log_alpha_min: float | None, std: float) -> None:
         super().__init__()
         self.init_rules: dict[str, Init] = {"weight": Normal(std), "bias": Constant(-5.0)}
         self.log_alpha_min = log_alpha_min
+        self.mean_log_alpha: Tensor | None = None  # of the last forward without gradients; logged as a half-life
         self.weight = nn.Parameter(torch.empty(n_heads, d_model))
         self.bias = nn.Parameter(torch.empty(n_heads))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, H_kv, T] fp32."""
-        log_alpha_BTH = -F.softplus(F.linear(x_BTD.float(), self.weight, self.bias))
+        log_alpha_BTH = -F.softplus(F.linear(at_least_fp32(x_BTD), self.weight, self.bias))
         if self.log_alpha_min is not None:
             log_alpha_BTH = log_alpha_BTH.clamp(min=self.log_alpha_min)
+        if not torch.is_grad_enabled():
+            self.mean_log_alpha = log_alpha_BTH.mean()
         return log_alpha_BTH.transpose(1, 2)
 
 
@@ -49,13 +55,14 @@ class Importance(nn.Module):
     """λ = softplus(λ_raw), one scalar per query head, fp32. λ_raw = −1: λ ≈ 0.313."""
 
     init_rules: ClassVar[dict[str, Init]] = {"lambda_raw": Constant(-1.0)}
+    fp32_in_forward = True
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
         self.lambda_raw = nn.Parameter(torch.empty(n_heads))
 
     def forward(self) -> Tensor:
-        return F.softplus(self.lambda_raw.float())
+        return F.softplus(self.lambda_raw)
 
 
 class SisaScore(nn.Module):
@@ -101,6 +108,13 @@ class SISA(nn.Module):
     def new_cache() -> SisaCache:
         return SisaCache()
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What the metrics log of this layer: λ [H] and, once scored without gradients, the mean log α."""
+        found = {"lambda": F.softplus(self.importance.lambda_raw.detach().float())}
+        if self.decay.mean_log_alpha is not None:
+            found["mean_log_alpha"] = self.decay.mean_log_alpha
+        return found
+
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: SisaCache | None = None
     ) -> Tensor:
@@ -109,7 +123,7 @@ class SISA(nn.Module):
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         C_BHTS = split_heads(self.wc(x_BTD), self.d_s)
         B_BHTS = split_heads(self.wb(x_BTD), self.d_s)
-        theta_BHTP = split_heads(self.wtheta(x_BTD), self.d_s // 2).float()  # its running sum must be fp32
+        theta_BHTP = at_least_fp32(split_heads(self.wtheta(x_BTD), self.d_s // 2))  # its running sum must be fp32
         log_alpha_BHT, lam_H = self.decay(x_BTD), self.importance()
         y_BHTK = self.score(
             q_BHTK, k_BHTK, v_BHTK, C_BHTS, B_BHTS, log_alpha_BHT, theta_BHTP, lam_H, doc_ids=doc_ids, cache=cache

@@ -1,0 +1,111 @@
+"""The `sisa` command. Every subcommand is a thin call of a public function; imports are late, so --help is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sisa_dist.config import UserError, load_config
+
+app = typer.Typer(
+    help="Pretrain SISA language models: prepare data, train, evaluate, generate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML file.")]
+RunPath = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time on Python 3.10)
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set training.steps=200. Repeatable."),
+]
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild data made with other settings.")] = False,
+) -> None:
+    """Train the tokenizer and write the WebDataset token shards."""
+    from data_pipeline.prepare import prepare as run
+
+    folder = run(load_config(config, overrides or ()), force=force)
+    print(f"data: {folder}")
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Continue a run although its config changed.")
+    ] = False,
+    local_rank: Annotated[Optional[int], typer.Option("--local_rank", hidden=True)] = None,  # noqa: UP045
+) -> None:
+    """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many."""
+    from sisa_dist.training.trainer import train as run
+
+    folder = run(load_config(config, overrides or ()), accept_changes=accept_changes)
+    print(f"run: {folder}")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    overrides: Overrides = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Where the JSON goes; default: evaluation.json in the run.")
+    ] = None,  # noqa: UP045, E501
+) -> None:
+    """Perplexity on held-out text, LAMBADA and NIAH, as the config's evaluation block asks; JSON out."""
+    from sisa_dist.training.evaluate import evaluate_checkpoint
+
+    results, path = evaluate_checkpoint(run, overrides or (), out=out)
+    for name, values in results.items():
+        print(f"{name}: {values}")
+    print(f"results: {path}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass in (0, 1].")] = 0.95,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt, streaming."""
+    from sisa_dist.training.generate import stream_text
+
+    sys.stdout.write(prompt)
+    for text in stream_text(run, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, devices, process groups, and the score path against its oracle."""
+    from sisa_dist.training.doctor import diagnose
+
+    raise typer.Exit(0 if diagnose() else 1)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"sisa: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

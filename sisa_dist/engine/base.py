@@ -1,0 +1,52 @@
+"""The seam between the training loop and a distributed library, at the height of a step.
+
+Accumulation, clipping and the optimizer stay behind it, because there the libraries really differ. The loop never
+asks which engine it has, and an engine never looks inside a mixer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from data_pipeline.loader import Batch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per token over the whole global batch
+    grad_norm: float  # global L2 norm before clipping
+    tokens: int  # labels that counted, over all ranks
+
+
+class Engine(Protocol):
+    """A model, its optimizer and their storage over the data ranks."""
+
+    dp_rank: int
+    dp_size: int
+
+    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step on this rank's micro-batches. Collective."""
+
+    def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(log-probability fp32, is-argmax bool) of each label, [B, T] on the CPU; label −100 gives (0, True).
+
+        Collective: every rank calls it equally often, with batches of any shape.
+        """
+
+    def sum_over_dp(self, values: list[float]) -> list[float]:
+        """float64 sums over data ranks."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The live weights and moments under `model.`, `exp_avg.`, `exp_avg_sq.` + full parameter name.
+
+        Checkpoints read them and write into them in place.
+        """
+
+    def set_step(self, step: int) -> None:
+        """Optimizer steps taken so far (Adam's bias correction); called after a load."""
+
+    def layer_statistics(self) -> dict[str, list[float | None]]:
+        """Per layer the mean λ and the half-life of the decay in tokens (of the last scoring). Collective."""

@@ -1,0 +1,39 @@
+"""AdamW with the parameter groups of the paper (sisa.md §2). Below `training` because the engines own the optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sisa_dist.config import OptimizerConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Groups: matrices (decayed), vectors (gains and biases, not decayed), λ_raw (not decayed, lr × lambda_lr_ratio).
+
+    Each group carries `lr_ratio`; the engine sets lr = lr(step) · lr_ratio. Moments exist from the start, as zeros,
+    so that a checkpoint can be read into them before the first step.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "lambda": []}
+    for name, parameter in model.named_parameters():
+        kind = "lambda" if name.endswith("lambda_raw") else "vectors" if parameter.ndim < 2 else "matrices"
+        groups[kind].append(parameter)
+    settings = {
+        "matrices": {"weight_decay": config.weight_decay, "lr_ratio": 1.0},
+        "vectors": {"weight_decay": 0.0, "lr_ratio": 1.0},
+        "lambda": {"weight_decay": 0.0, "lr_ratio": config.lambda_lr_ratio},
+    }
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[kind], **settings[kind]} for kind in groups if groups[kind]],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        fused=True,
+    )
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer

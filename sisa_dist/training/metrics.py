@@ -1,0 +1,80 @@
+"""What a run reports while it trains: metrics.jsonl is the truth, wandb and the console are views of it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sisa_dist.config import RunConfig, UserError, dump_config
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; other devices are measured.
+_GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class Metrics:
+    """Appends one JSON object a line and mirrors it to wandb. Only the main rank makes one."""
+
+    def __init__(self, run_folder: Path, config: RunConfig) -> None:
+        self._file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._wandb = None
+        if config.logging.wandb != "off":
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("logging.wandb is on but wandb is not installed: pip install wandb") from None
+            self._wandb = wandb.init(
+                project=config.logging.wandb_project,
+                name=config.name,
+                dir=str(run_folder),
+                mode=config.logging.wandb,
+                config={"yaml": dump_config(config)},
+                settings=wandb.Settings(silent=True),
+            )
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            flat: dict[str, Any] = {}
+            for name, value in values.items():
+                if isinstance(value, list):
+                    flat |= {f"{kind}/{name}/{layer}": v for layer, v in enumerate(value) if v is not None}
+                else:
+                    flat[f"{kind}/{name}"] = value
+            self._wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU divides by: the data sheet's on a known GPU, else the best of a few large matmuls here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for chip, peak in _GPU_PEAKS.items():
+            if chip in name:
+                return peak
+    n = 1024
+    a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a GPU, resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

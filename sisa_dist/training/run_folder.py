@@ -1,0 +1,64 @@
+"""The run folder and the promise that one folder holds one run: a changed config does not continue it unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sisa_dist.config import RunConfig, UserError, dump_config, load_config
+from sisa_dist.parallel.mesh import Mesh
+
+# Keys that change speed, layout or reporting but not the result may differ between sittings of one run.
+_FREE = (
+    "name",
+    "output_dir",
+    "device",
+    "attention",
+    "parallel",
+    "engine.activation_checkpointing",
+    "data.folder",
+    "data.input",
+    "data.prefetch",
+    "training.micro_batch_size",
+    "training.eval_every",
+    "training.eval_windows",
+    "training.checkpoint_every",
+    "training.keep_last",
+    "evaluation",
+    "logging",
+)
+
+
+def open_run_folder(
+    folder: Path, config: RunConfig, mesh: Mesh, *, resumes: bool, accept_changes: bool = False
+) -> None:
+    """Make `folder` and store the resolved config as config.yaml; when it resumes, compare with the stored one."""
+    stored = folder / "config.yaml"
+    if resumes and stored.is_file() and not accept_changes:
+        differs = _first_difference(load_config(stored).model_dump(), config.model_dump())
+        if differs is not None:
+            key, old, new = differs
+            raise UserError(
+                f"{folder}: this run was started with {key}={old!r}, the config now says {new!r}: set another "
+                "output_dir to start anew, or continue with the change by --accept-changes"
+            )
+    if mesh.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = stored.with_suffix(".tmp")
+        beside.write_text(dump_config(config), encoding="utf-8")
+        beside.rename(stored)
+    mesh.barrier()
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    for key in sorted(old.keys() | new.keys()):
+        dotted = prefix + key
+        if dotted in _FREE or old.get(key) == new.get(key):
+            continue
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            inner = _first_difference(old[key], new[key], dotted + ".")
+            if inner is not None:
+                return inner
+            continue
+        return dotted, old.get(key), new.get(key)
+    return None

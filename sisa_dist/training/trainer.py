@@ -1,0 +1,190 @@
+"""The training loop: data, step, metrics, evaluation, checkpoint. It never asks which engine it has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from data_pipeline.index import Index
+from data_pipeline.loader import Loader, validation_batches
+from data_pipeline.tokenizer import Tokenizer
+
+from sisa_dist.config import RunConfig, UserError
+from sisa_dist.engine import Engine, StepResult, build_engine
+from sisa_dist.evaluation.perplexity import perplexity
+from sisa_dist.model.flops import training_flops_per_token
+from sisa_dist.parallel.mesh import Mesh, init_mesh
+from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from sisa_dist.training.console import Console
+from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+from sisa_dist.training.run_folder import open_run_folder
+from sisa_dist.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The prepared data of a run, opened and checked against its config."""
+
+    train: Index
+    validation: Index | None
+    tokenizer: Tokenizer
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Raises UserError where the data is not prepared or does not fit the model."""
+    folder = config.data_folder
+    if not (folder / "train" / "index.json").is_file():
+        raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} in "
+            f"{folder}: set model.vocab_size to {tokenizer.vocab_size}"
+        )
+    train = Index.load(folder / "train")
+    if train.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"{folder}: the shards were made with another tokenizer.model: run `sisa prepare --force`")
+    validation = folder / "validation"
+    return RunData(train, Index.load(validation) if (validation / "index.json").is_file() else None, tokenizer)
+
+
+def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
+    """Train `config` to its last step, from the newest checkpoint of its run folder if there is one.
+
+    Returns the run folder. Collective over the processes of the launch. `accept_changes` continues a run whose
+    config was changed in keys that alter the result.
+    """
+    mesh = init_mesh(config.parallel, device=config.device)
+    data = open_data(config)
+    run_folder = Path(config.output_dir)
+    checkpoints = list_checkpoints(run_folder)
+    open_run_folder(run_folder, config, mesh, resumes=bool(checkpoints), accept_changes=accept_changes)
+    loader = Loader(
+        data.train,
+        seq_len=config.training.seq_len,
+        seed=config.seed,
+        global_batch_windows=config.training.global_batch_windows,
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        lanes=config.data.lanes,
+        document_mask=config.data.document_mask,
+        prefetch=config.data.prefetch,
+    )
+    engine = build_engine(config, mesh)
+    state = TrainState(0, 0, 0, 0.0, loader.fingerprint)
+    if checkpoints:
+        state = load_checkpoint(checkpoints[-1], engine)
+        if state.fingerprint != loader.fingerprint:
+            raise UserError(
+                f"{config.data_folder}: not the data that {checkpoints[-1]} was trained on (order {loader.fingerprint} "
+                f"here, {state.fingerprint} there): give the old data.folder, or another output_dir to start anew"
+            )
+    reporter = _Reporter(config, run_folder, mesh, quiet=quiet) if mesh.is_main else None
+    try:
+        _loop(config, mesh, data, loader, engine, state, reporter, run_folder)
+    finally:
+        if reporter:
+            reporter.close()
+    return run_folder
+
+
+def _loop(
+    config: RunConfig,
+    mesh: Mesh,
+    data: RunData,
+    loader: Loader,
+    engine: Engine,
+    state: TrainState,
+    reporter: _Reporter | None,
+    run_folder: Path,
+) -> None:
+    training = config.training
+    with loader.steps(state.cursor) as batches:
+        for step in range(state.step, training.steps):
+            lr = learning_rate(step, peak=config.optimizer.lr, steps=training.steps, schedule=config.schedule)
+            started = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - started
+            result = engine.train_step(batch.micro_batches, lr)
+            seconds = time.perf_counter() - started
+            state = TrainState(
+                step + 1, batch.next_cursor, state.tokens + result.tokens, state.seconds + seconds, loader.fingerprint
+            )
+            if reporter:
+                reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
+            if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
+                raise UserError(
+                    f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and "
+                    "nothing was saved; lower optimizer.lr and run again, it resumes from the last checkpoint"
+                )
+            last = step + 1 == training.steps
+            if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
+                _evaluate(config, data.validation, engine, state, reporter)
+            if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
+                tokenizer = config.data_folder / "tokenizer.model"
+                save_checkpoint(run_folder, engine, state, config=config, tokenizer=tokenizer, mesh=mesh)
+
+
+def _evaluate(
+    config: RunConfig, validation: Index, engine: Engine, state: TrainState, reporter: _Reporter | None
+) -> None:
+    batches = validation_batches(
+        validation,
+        seq_len=config.training.seq_len,
+        batch_size=config.training.micro_batch_size,
+        max_windows=config.training.eval_windows,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        document_mask=config.data.document_mask,
+    )
+    result = perplexity(engine, batches)
+    layers = engine.layer_statistics()
+    if reporter:
+        reporter.evaluation(state, result.loss, layers)
+
+
+class _Reporter:
+    """Turns steps into metrics and console lines; the main rank has one."""
+
+    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, quiet: bool) -> None:
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._device = mesh.device
+        self._peak = peak_flops(mesh.device, dtype) * mesh.dp_size
+        if mesh.device.type == "cpu" and mesh.dp_size > 1:
+            self._peak /= mesh.dp_size  # ranks of one host share its cores
+        self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
+        self._metrics = Metrics(run_folder, config)
+        self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
+
+    def step(
+        self, state: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, digest: str
+    ) -> None:
+        rate = result.tokens / seconds
+        self._metrics.write(
+            "train",
+            state.step,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_second=rate,
+            mfu=rate * self._flops_per_token / self._peak,
+            memory_bytes=memory_bytes(self._device),
+            loader_wait=waited / seconds,
+            digest=digest,
+        )
+        self._console.step(state.step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens_per_second=rate)
+
+    def evaluation(self, state: TrainState, loss: float, layers: dict[str, list[float | None]]) -> None:
+        self._metrics.write("evaluation", state.step, validation_loss=loss)
+        if any(value is not None for value in layers["lambda"]):
+            self._metrics.write("layers", state.step, **layers)
+        self._console.evaluation(state.step, loss)
+
+    def close(self) -> None:
+        self._console.close()
+        self._metrics.close()

@@ -1,0 +1,91 @@
+"""Every mistake in a config is one line that names the key and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sisa_dist.config import UserError, dump_config, load_config, parse_config
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainng.steps=2", "trainng: unknown key; did you mean training?"),
+        ("training.step=3", "training.step: unknown key; did you mean steps?"),
+        ("training.steps=abc", "training.steps: "),
+        ("training.steps=1.5", "training.steps: "),
+        ("training.steps=-1", "training.steps: "),
+        ("engine.activation_checkpointing=1", "engine.activation_checkpointing: "),
+        ("model.mixer=mamba", "model.mixer: "),
+        ("model=3", "model: "),
+        ("model.n_heads=3", "set d_model to 255 or 258"),
+        ("model.n_kv_heads=3", "set one of [1, 2, 4]"),
+        ("model.head_dim=63", "even head_dim"),
+        ("model.d_s=31", "even number"),
+        ("model.d_s=null", "set d_s"),
+        ("model.d_s=[32, 32]", "d_s lists 2 layers, n_layers is 4"),
+        ("model.mixer=attention", "remove d_s"),
+        ("model.log_alpha_min=1.0", "not negative"),
+        ("training.global_batch_tokens=5000", "set 4096 or 8192"),
+        ("schedule.decay_steps=2", "no effect with schedule.kind cosine"),
+        ("schedule.kind=wsd", "needs decay_steps"),
+        ("schedule.warmup_steps=301", "exceed training.steps 300"),
+        ("data.validation_fraction=1.0", "data.validation_fraction: "),
+        ("nonsense", "write KEY=VALUE"),
+        ("name=[1", "is not YAML"),
+        ("seed.x=1", "seed"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_remedy(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_and_numbers_as_people_write_them() -> None:
+    config = load_config(QUICKSTART, ["optimizer.lr=3e-4", "data.input=[a.txt, b.txt]", "training.eval_every=null"])
+    assert config.optimizer.lr == 3e-4
+    assert config.data.input == ["a.txt", "b.txt"]
+    assert config.training.eval_every is None
+
+
+def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["model.d_s=[16, 32, 64, 8]"])
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_extends_lays_one_file_over_another_and_only_once(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(QUICKSTART.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nname: b\ntraining: {steps: 400}\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text("extends: b.yaml\n", encoding="utf-8")
+    config = load_config(tmp_path / "b.yaml")
+    assert (config.name, config.training.steps, config.training.seq_len) == ("b", 400, 512)
+    with pytest.raises(UserError, match="only one level"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("a: 1\na: 2\n", "line 2: a is given twice"), ("- 1\n", "mapping"), ("a: [\n", "not valid YAML"), ("", "mapping")],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=says):
+        load_config(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match="no such config"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_every_shipped_config_is_valid() -> None:
+    paths = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert len(paths) >= 16
+    for path in paths:
+        assert parse_config(yaml.safe_load(dump_config(load_config(path))), source=str(path)) == load_config(path)
