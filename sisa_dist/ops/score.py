@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.config import UserError
+from sisa_dist.ops.bisect import sisa_bisected
 from sisa_dist.ops.dense import sisa_dense
 from sisa_dist.ops.single import sisa_single
 
@@ -62,7 +63,9 @@ def sisa_attention(
     with torch.autocast(q.device.type, enabled=False):
         if path == "single":
             return sisa_single(*inputs, scale=scale, doc_ids_BT=doc_ids)
-        return sisa_dense(*inputs, scale=scale, doc_ids_BT=doc_ids)
+        if path == "dense":
+            return sisa_dense(*inputs, scale=scale, doc_ids_BT=doc_ids)
+        return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=leaf)
 
 
 def _check(

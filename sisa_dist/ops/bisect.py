@@ -1,0 +1,208 @@
+"""Bisected SISA: exact at any length and any decay, on flash kernels, as one operator.
+
+The score's e^{g_i−g_j} is split at a reference c into a query and a key factor. One c for the whole sequence
+overflows; here every (query span, key span) has its own, between them, so both factors are ≤ 1: leaves on the
+diagonal (leaf.py), then at each level the odd spans' queries against the whole even span before them, merged by
+log-sum-exp. The total work is T²/2, as causal attention's. The backward gives each level's kernel the *global* out
+and lse, as ring attention does, and rebuilds q̂ and k̂, so only inputs, out, lse and the running sums are kept.
+
+It is a `torch.library.custom_op`, so that compile, selective checkpointing and FLOP counters see one node; its double
+backward is not implemented and raises. The path is chosen elsewhere (score.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sisa_dist.ops.backends import attend, attend_backward
+from sisa_dist.ops.documents import Segments, suffix_sums
+from sisa_dist.ops.leaf import leaf_backward, leaf_forward
+from sisa_dist.ops.operands import Operands, Shape
+from sisa_dist.ops.spans import as_complex, as_real, decay_sums, levels, phase_turns, turn
+
+EXCLUDED = 1e30  # lse of a row outside the crossing document: its probabilities are then exactly 0 in the backward
+
+
+def sisa_bisected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    C: Tensor,
+    B: Tensor,
+    log_alpha: Tensor,
+    theta: Tensor,
+    lam: Tensor,
+    *,
+    scale: float,
+    doc_ids_BT: Tensor | None,
+    leaf: int | None,
+) -> Tensor:
+    """Shapes as `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype."""
+    leaf = min(LEAF if leaf is None else leaf, q.shape[2])
+    return _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids_BT, scale, leaf)[0]
+
+
+LEAF = 64
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, leaf: int) -> Shape:
+    batch, heads, tokens, d_h = q.shape
+    return Shape(batch, heads, k.shape[1], tokens, leaf, d_h, v.shape[-1], C.shape[-1], doc_ids is not None)
+
+
+@torch.library.custom_op(
+    "sisa_dist::bisected",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor log_alpha, Tensor theta, Tensor lam, "
+    "Tensor? doc_ids, float scale, int leaf) -> (Tensor out, Tensor lse, Tensor g, Tensor turns)",
+)
+def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
+    """out [B,H,T,d_v]; for the backward lse [B,H,T], g [B,H_kv,T] fp64 and the phase in turns [B,H_kv,T,d_s/2]."""
+    shape, work = _shape(q, k, v, C, doc_ids, leaf), _work_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        g = decay_sums(log_alpha, work=work)
+        turns = phase_turns(theta, None if doc_ids is None else Segments.of(doc_ids).first, work=work)
+        ops = Operands(q, k, v, C, B, g, turn(turns), lam.to(work) / scale, doc_ids, shape, scale=scale)
+        out, lse = leaf_forward(ops.leaves(), scale=scale)
+        out, lse = out.flatten(1, 2), lse.flatten(1, 2)
+        for level in levels(shape.padded, leaf):
+            rect = ops.rectangle(level)
+            far_out, far_lse = attend(rect.q, rect.k, rect.v, d_v=shape.d_v, scale=scale)
+            far_lse = far_lse.to(work)
+            if rect.outside is not None:
+                far_lse = far_lse.masked_fill(rect.outside, float("-inf"))
+            near_lse = level.odd(lse)
+            share = torch.sigmoid(far_lse - near_lse)[..., None]
+            level.odd(out).lerp_(far_out[..., : shape.d_v].to(work), share)
+            near_lse.copy_(torch.logaddexp(near_lse, far_lse))
+    out, lse = (x.unflatten(0, (shape.batch, shape.heads))[:, :, : shape.tokens] for x in (out, lse))
+    return out.to(q.dtype).contiguous(), lse.contiguous(), g, turns
+
+
+@_bisected.register_fake
+def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
+    work = _work_dtype(q.dtype)
+    return (
+        q.new_empty(*q.shape[:3], v.shape[-1]),
+        q.new_empty(q.shape[:3], dtype=work),
+        torch.empty_like(log_alpha, dtype=torch.float64, memory_format=torch.contiguous_format),
+        torch.empty_like(theta, dtype=work, memory_format=torch.contiguous_format),
+    )
+
+
+@torch.library.custom_op(
+    "sisa_dist::bisected_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor lam, Tensor? doc_ids, Tensor out, "
+    "Tensor lse, Tensor g, Tensor turns, float scale, int leaf) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dC, Tensor dB, Tensor dlog_alpha, Tensor dtheta, Tensor dlam)",
+)
+def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
+    """Gradients in the dtypes of q, k, v, C, B; of log α, θ and λ in fp32 (fp64 where q is)."""
+    shape, work = _shape(q, k, v, C, doc_ids, leaf), _work_dtype(q.dtype)
+    T, d_h, d_v = shape.tokens, shape.d_h, shape.d_v
+    with torch.autocast(q.device.type, enabled=False):
+        unit = turn(turns)
+        ops = Operands(q, k, v, C, B, g, unit, lam.to(work) / scale, doc_ids, shape, scale=scale)
+        dout, out = ops.spread(dout, width=shape.width), ops.spread(out, width=shape.width)
+        lse = ops.spread(lse[..., None])[..., 0]
+        near = [ops.in_leaves(x) for x in (dout[..., :d_v], out[..., :d_v], lse)]
+        at_leaves = leaf_backward(near[0], ops.leaves(), near[1], near[2], scale=scale)
+        dq, dk, dv, dC, dB = (x.flatten(1, 2) for x in at_leaves)
+        for level in levels(shape.padded, leaf):
+            rect = ops.rectangle(level)
+            row_lse = level.odd(lse)
+            if rect.outside is not None:
+                row_lse = row_lse.masked_fill(rect.outside, EXCLUDED)
+            far = attend_backward(
+                level.odd(dout), rect.q, rect.k, rect.v, level.odd(out), row_lse, d_v=d_v, scale=scale
+            )
+            level.odd(dq).add_(far.q[..., :d_h])
+            level.even(dk).add_(far.k[..., :d_h])
+            level.even(dv).add_(far.v[..., :d_v])
+            level.odd(dC).addcmul_(far.q[..., ops.ssm], rect.rise)
+            level.even(dB).addcmul_(far.k[..., ops.ssm], rect.fall)
+
+        def cut(x: Tensor) -> Tensor:
+            return x.unflatten(0, (shape.batch, -1))[:, :, :T]
+
+        dq, dk, dv, dC, dB = (cut(x) for x in (dq, dk, dv, dC, dB))
+        dC, dB, dlog_alpha, dtheta, dlam = _through_rotation(
+            dC, dB, C.to(work), B.to(work), unit, lam.to(work), doc_ids, scale=scale
+        )
+    grads = [x.to(like.dtype).contiguous() for x, like in zip((dq, dk, dv, dC, dB), (q, k, v, C, B), strict=True)]
+    return *grads, dlog_alpha.to(work).contiguous(), dtheta.to(work).contiguous(), dlam
+
+
+def _through_rotation(
+    dC: Tensor, dB: Tensor, C: Tensor, B: Tensor, unit: Tensor, lam: Tensor, doc_ids: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the gradients of C̃ = (λ/scale) e^g R(Φ) C and B̃ = e^−g R(Φ) B to those of C, B, log α, θ and λ.
+
+    As complex pairs, d/dΦ and d/dg of C̃ both come from the one product dC̃·conj(C̃): its real part summed over pairs
+    is dg, its imaginary part dΦ. log α and θ then take the suffix sums.
+    """
+    group = C.shape[1] // B.shape[1]
+    C_c, B_c = as_complex(C.contiguous()), as_complex(B.contiguous())
+    back = unit.conj().resolve_conj()
+    dC_c = as_complex(dC.contiguous()).unflatten(1, (-1, group)) * back[:, :, None]
+    dB_c = as_complex(dB.contiguous()) * back
+    dC_c = dC_c.flatten(1, 2)
+    of_C, of_B = dC_c * C_c.conj(), dB_c * B_c.conj()
+    dlam = of_C.real.sum((0, 2, 3)) / scale
+    lam_H11 = (lam / scale)[:, None, None]
+    of_C = (of_C * lam_H11).unflatten(1, (-1, group)).sum(2)
+    segments = None if doc_ids is None else Segments.of(doc_ids)
+    dlog_alpha = suffix_sums((of_C - of_B).real.sum(-1), segments)
+    dtheta = suffix_sums((of_C + of_B).imag, segments)
+    return as_real(dC_c * lam_H11), as_real(dB_c), dlog_alpha, dtheta, dlam
+
+
+@_bisected_backward.register_fake
+def _bisected_backward_fake(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
+    work = _work_dtype(q.dtype)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, C, B)]
+    return *grads, *(torch.empty_like(x, dtype=work) for x in (g, turns, lam))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf = inputs
+    out, lse, g, turns = output
+    ctx.save_for_backward(q, k, v, C, B, lam, doc_ids, out, lse, g, turns)
+    ctx.mark_non_differentiable(lse, g, turns)
+    ctx.set_materialize_grads(False)
+    ctx.rest = scale, leaf, log_alpha.dtype, theta.dtype, lam.dtype
+
+
+def _autograd(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 11
+    scale, leaf, *dtypes = ctx.rest
+    *grads, dlog_alpha, dtheta, dlam = _bisected_backward(dout, *ctx.saved_tensors, scale, leaf)
+    scalars = (x.to(dtype) for x, dtype in zip((dlog_alpha, dtheta, dlam), dtypes, strict=True))
+    return *grads, *scalars, None, None, None
+
+
+_bisected.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.sisa_dist.bisected)
+def _flops(q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *_: Any, **__: Any) -> int:
+    """Two products over the T(T+1)/2 visible pairs. Multiply and add count as two, as in torch's formulas."""
+    batch, heads, T, d_h = q_shape
+    return batch * heads * T * (T + 1) * (d_h + C_shape[-1] + v_shape[-1])
+
+
+@register_flop_formula(torch.ops.sisa_dist.bisected_backward)
+def _flops_backward(_: Any, q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *__: Any, **___: Any) -> int:
+    """Five products: the scores again, dV and dP over d_v, dQ̂ and dK̂ over d_h + d_s."""
+    batch, heads, T, d_h = q_shape
+    return batch * heads * T * (T + 1) * (3 * (d_h + C_shape[-1]) + 2 * v_shape[-1])
