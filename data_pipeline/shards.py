@@ -1,0 +1,139 @@
+"""Writes one split's token stream as ordinary WebDataset tars, whose bytes depend on the tokens alone, and its index.
+
+A member is up to `member_tokens` consecutive tokens of the split, documents joined by the eos that ends each:
+    000000000012.json   {"dtype", "tokens", "segments": [tokens of each document part in it], "continued": whether the
+                        first of them began in the member before}
+    000000000012.bin    the ids, little-endian uint16 (uint32 for vocabularies above 65 536)
+`np.frombuffer(sample["bin"], "<u2")` reads a sample of the plain webdataset library. index.json repeats what the loader
+needs, with the place and hash of every member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+_TAR_BLOCK = 512
+
+
+def member_hash(payload: bytes) -> str:
+    """What the index says of a member's content: 16 bytes of blake2b over its ids as stored, in hex."""
+    return hashlib.blake2b(payload, digest_size=16).hexdigest()
+
+
+class ShardWriter:
+    """Takes documents one by one and writes tars and index.json into `folder`, which it makes.
+
+    The folder is whole only after `close`: whoever writes it builds it elsewhere and renames.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: np.dtype[Any],
+        vocab_size: int,
+        eos_id: int,
+        tokenizer_sha256: str,
+        member_tokens: int,
+        shard_members: int,
+    ) -> None:
+        folder.mkdir(parents=True)
+        self.documents = 0
+        self._folder = folder
+        self._dtype = dtype
+        self._header = {
+            "format": FORMAT_VERSION,
+            "dtype": dtype.str,
+            "vocab_size": vocab_size,
+            "eos_id": eos_id,
+            "tokenizer_sha256": tokenizer_sha256,
+        }
+        self._eos_id = eos_id
+        self._member_tokens = member_tokens
+        self._shard_members = shard_members
+        self._shards: list[dict[str, Any]] = []
+        self._columns: dict[str, list[Any]] = {
+            name: [] for name in ("shard", "offset", "tokens", "hash", "segments", "continued")
+        }
+        self._buffer = np.empty(member_tokens, dtype)  # the member being filled
+        self._filled = 0
+        self._segments: list[int] = []
+        self._continued = False
+        self._tar: tarfile.TarFile | None = None
+
+    def add(self, ids: Sequence[int]) -> None:
+        """One document's ids, without the eos that this appends."""
+        tokens = np.empty(len(ids) + 1, self._dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self._eos_id
+        self.documents += 1
+        position = 0
+        while position < len(tokens):
+            if self._filled == self._member_tokens:
+                self._flush(next_continued=position > 0)
+            take = min(len(tokens) - position, self._member_tokens - self._filled)
+            self._buffer[self._filled : self._filled + take] = tokens[position : position + take]
+            self._filled += take
+            self._segments.append(take)
+            position += take
+
+    def close(self) -> int:
+        """Writes the last member and the index; returns the tokens of the split."""
+        if self._filled:
+            self._flush(next_continued=False)
+        self._close_tar()
+        index = self._header | {"documents": self.documents, "shards": self._shards} | self._columns
+        (self._folder / "index.json").write_text(json.dumps(index, separators=(",", ":")), encoding="utf-8")
+        return sum(self._columns["tokens"])
+
+    def _flush(self, *, next_continued: bool) -> None:
+        number = len(self._columns["shard"])
+        if number % self._shard_members == 0:
+            self._close_tar()
+            self._shards.append({"name": f"{len(self._shards):06d}.tar", "bytes": 0})
+            path = self._folder / self._shards[-1]["name"]
+            self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, closed with its last member
+        payload = self._buffer[: self._filled].tobytes()
+        notes = {
+            "dtype": self._dtype.str,
+            "tokens": self._filled,
+            "segments": self._segments,
+            "continued": self._continued,
+        }
+        self._add_file(f"{number:012d}.json", json.dumps(notes).encode())
+        offset = self._add_file(f"{number:012d}.bin", payload)
+        row = (
+            len(self._shards) - 1,
+            offset,
+            self._filled,
+            member_hash(payload),
+            self._segments,
+            int(self._continued),
+        )
+        for column, value in zip(self._columns.values(), row, strict=True):
+            column.append(value)
+        self._filled, self._segments, self._continued = 0, [], next_continued
+
+    def _add_file(self, name: str, content: bytes) -> int:
+        """Adds a file that says nothing of when, where and by whom it was made; returns where its content starts."""
+        assert self._tar is not None
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        offset = self._tar.fileobj.tell() + _TAR_BLOCK  # type: ignore[union-attr]
+        self._tar.addfile(entry, io.BytesIO(content))
+        return offset
+
+    def _close_tar(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+            self._shards[-1]["bytes"] = (self._folder / self._shards[-1]["name"]).stat().st_size
+            self._tar = None
