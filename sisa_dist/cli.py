@@ -58,9 +58,7 @@ def train(
 def evaluate(
     run: RunPath,
     overrides: Overrides = None,
-    out: Annotated[
-        Optional[Path], typer.Option(help="Where the JSON goes; default: evaluation.json in the run.")
-    ] = None,  # noqa: UP045, E501
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes; default: evaluation.json in the run.")] = None,
 ) -> None:
     """Perplexity on held-out text, LAMBADA and NIAH, as the config's evaluation block asks; JSON out."""
     from sisa_dist.training.evaluate import evaluate_checkpoint

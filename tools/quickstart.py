@@ -15,14 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # plot_run, when this file is imported rather than run
 
 import plot_run
-from data_pipeline.prepare import prepare
 from rich.console import Console
 from rich.table import Table
-from sisa_dist.training.metrics_file import read_metrics
 
+from data_pipeline.prepare import prepare
 from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.training.evaluate import evaluate_checkpoint
 from sisa_dist.training.generate import stream_text
+from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.trainer import train
 
 PROMPT = "def read_file(path):\n"

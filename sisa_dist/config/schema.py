@@ -190,6 +190,7 @@ class EvaluationConfig(Section):
     niah: bool = False
     niah_items: PositiveInt = 200
     niah_context: PositiveInt = 512  # tokens
+    niah_placement: Literal["paper", "uniform"] = "paper"  # of the needle: in the first half, or anywhere
 
 
 class LoggingConfig(Section):

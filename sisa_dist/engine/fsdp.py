@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from data_pipeline.loader import Batch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.optim import build_optimizer
@@ -32,13 +32,12 @@ class FSDP2Engine:
         self.grad_clip = config.optimizer.grad_clip
         with torch.device("meta"):
             self.model = build_model(config.model, attention=config.attention)
-        self.sharded = mesh.dp_size > 1 or config.engine.precision == "bf16"
-        if self.sharded:
+        if mesh.dp_size > 1 or config.engine.precision == "bf16":
             _shard(self.model, mesh, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
         self.model.to_empty(device=mesh.device)
         init_parameters(self.model, seed=config.seed, std=config.model.init_std)
         for block in self.model.blocks:
-            block.activation_checkpointing = config.engine.activation_checkpointing
+            block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
@@ -98,8 +97,8 @@ class FSDP2Engine:
         return {"lambda": lambdas, "half_life": half_lives}
 
     def _clip(self) -> Tensor:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = _full(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        parameters = list(self.model.parameters())
+        norm = _full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return norm

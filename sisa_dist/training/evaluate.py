@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.baseline import unigram_perplexity
 from data_pipeline.loader import validation_batches
-
 from sisa_dist.config import load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
@@ -37,8 +37,12 @@ def evaluate_checkpoint(
             dp_size=mesh.dp_size,
             document_mask=config.data.document_mask,
         )
-    results = {"checkpoint": str(checkpoint), "step": state.step}
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state.step}
     results |= evaluate(config, engine, data.tokenizer, batches, quiet=quiet or not mesh.is_main)
+    if data.validation is not None:
+        windows = config.evaluation.perplexity_windows
+        most = None if windows is None else windows * config.training.seq_len
+        results["perplexity"]["unigram_perplexity"] = unigram_perplexity(data.train, data.validation, max_tokens=most)
     path = out or checkpoint.parent.parent / "evaluation.json"
     if mesh.is_main:
         write_results(path, results)

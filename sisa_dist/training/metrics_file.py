@@ -1,0 +1,35 @@
+"""Reading metrics.jsonl. Light to import (no torch), for plots and reports; writing it is metrics.py's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sisa_dist.config import UserError
+
+
+def read_metrics(run_folder: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Records by kind ("train", "evaluation", "layers"), sorted by step.
+
+    A step that stands twice was done again after a resume: the last one counts. A last line cut by a kill is ignored;
+    a broken line elsewhere is a UserError naming file and line, as is a file that cannot be read.
+    """
+    path = Path(run_folder) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name the folder of a trained run") from None
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    last = len(lines) - 1  # what follows the final newline: empty, or a line cut short
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            found.setdefault(record["kind"], {})[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):  # UnicodeDecodeError is a ValueError
+            if number == last:
+                continue
+            raise UserError(f"{path}:{number + 1}: not a metrics record: remove the line") from None
+    return {kind: [records[step] for step in sorted(records)] for kind, records in found.items()}
