@@ -65,6 +65,9 @@ class FSDP2Engine:
             log_prob_BT, is_argmax_BT = self.model(
                 *self._inputs(tokens_BT, labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
             )
+        # The root keeps its parameters gathered for a backward; here none comes, and state_tensors needs the shards.
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
         return log_prob_BT.cpu(), is_argmax_BT.cpu()
 
     def sum_over_dp(self, values: list[float]) -> list[float]:

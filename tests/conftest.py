@@ -1,0 +1,61 @@
+"""What every test shares: one thread a process, and a tiny prepared run.
+
+Ranks and helpers share the cores, and on one thread sums fall in one order everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.prepare import prepare
+from sisa_dist.config import RunConfig, load_config
+
+torch.set_num_threads(1)
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+TINY = [
+    "model.vocab_size=512",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.n_heads=2",
+    "model.d_ff=48",
+    "model.d_s=8",
+    "data.member_tokens=256",
+    "data.shard_members=4",
+    "data.validation_fraction=0.2",
+    "data.lanes=3",
+    "schedule.warmup_steps=2",
+    "training.steps=8",
+    "training.seq_len=64",
+    "training.micro_batch_size=2",
+    "training.global_batch_tokens=256",
+    "training.eval_every=4",
+    "training.eval_windows=4",
+    "training.checkpoint_every=3",
+    "evaluation.niah=false",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of configs/quickstart.yaml for a model of 10 000 parameters on prepared text of this repository."""
+    root = tmp_path_factory.mktemp("tiny")
+    sources = sorted((Path(__file__).parents[1] / "data_pipeline").glob("*.py"))
+    for number, source in enumerate(sources):
+        (root / f"{number}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    overrides = [*TINY, f"data.input={root}/*.txt", f"data.folder={root / 'data'}", f"output_dir={root / 'run'}"]
+    prepare(load_config(QUICKSTART, overrides), quiet=True)
+    return overrides
+
+
+@pytest.fixture
+def tiny(tiny_overrides: list[str], tmp_path: Path) -> RunConfig:
+    return load_config(QUICKSTART, [*tiny_overrides, f"output_dir={tmp_path / 'run'}"])
