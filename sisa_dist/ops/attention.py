@@ -5,12 +5,12 @@ The Transformer baseline and every hybrid use it; it knows nothing of decay. One
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_dist.config import UserError
 from sisa_dist.ops.masks import document_mask
+from sisa_dist.ops.precision import no_autocast
 
 
 def causal_attention(
@@ -28,7 +28,7 @@ def causal_attention(
         raise UserError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} need one T, and H_kv must divide H")
     if doc_ids is not None and doc_ids.shape != (q.shape[0], q.shape[2]):
         raise UserError(f"attention: doc_ids {tuple(doc_ids.shape)} must be [B, T] = {[q.shape[0], q.shape[2]]}")
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         return flash_sdpa(q, k, v, scale=scale if scale is not None else q.shape[-1] ** -0.5, doc_ids=doc_ids)
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sisa_dist.ops.backends import attend, attend_backward
+from sisa_dist.ops.backends import Rows, attend, attend_backward
 from sisa_dist.ops.documents import Segments, suffix_sums
 from sisa_dist.ops.leaf import leaf_backward, leaf_forward
 from sisa_dist.ops.operands import Operands, Shape
+from sisa_dist.ops.precision import no_autocast, work_dtype
 from sisa_dist.ops.spans import as_complex, as_real, decay_sums, levels, phase_turns, turn
 
 EXCLUDED = 1e30  # lse of a row outside the crossing document: its probabilities are then exactly 0 in the backward
@@ -49,10 +50,6 @@ def sisa_bisected(
 LEAF = 64
 
 
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, leaf: int) -> Shape:
     batch, heads, tokens, d_h = q.shape
     return Shape(batch, heads, k.shape[1], tokens, leaf, d_h, v.shape[-1], C.shape[-1], doc_ids is not None)
@@ -66,8 +63,8 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, l
 )
 def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
     """out [B,H,T,d_v]; for the backward lse [B,H,T], g [B,H_kv,T] fp64 and the phase in turns [B,H_kv,T,d_s/2]."""
-    shape, work = _shape(q, k, v, C, doc_ids, leaf), _work_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
+    with no_autocast(q.device):
         g = decay_sums(log_alpha, work=work)
         turns = phase_turns(theta, None if doc_ids is None else Segments.of(doc_ids).first, work=work)
         ops = Operands(q, k, v, C, B, g, turn(turns), lam.to(work) / scale, doc_ids, shape, scale=scale)
@@ -89,7 +86,7 @@ def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # ty
 
 @_bisected.register_fake
 def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
-    work = _work_dtype(q.dtype)
+    work = work_dtype(q.dtype)
     return (
         q.new_empty(*q.shape[:3], v.shape[-1]),
         q.new_empty(q.shape[:3], dtype=work),
@@ -107,14 +104,15 @@ def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf): 
 )
 def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
     """Gradients in the dtypes of q, k, v, C, B; of log α, θ and λ in fp32 (fp64 where q is)."""
-    shape, work = _shape(q, k, v, C, doc_ids, leaf), _work_dtype(q.dtype)
+    shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
     T, d_h, d_v = shape.tokens, shape.d_h, shape.d_v
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         unit = turn(turns)
         ops = Operands(q, k, v, C, B, g, unit, lam.to(work) / scale, doc_ids, shape, scale=scale)
-        dout, out = ops.spread(dout, width=shape.width), ops.spread(out, width=shape.width)
+        dout, out = ops.like_v(dout), ops.like_v(out)
         lse = ops.spread(lse[..., None])[..., 0]
-        near = [ops.in_leaves(x) for x in (dout[..., :d_v], out[..., :d_v], lse)]
+        delta = (dout[..., :d_v].to(work) * out[..., :d_v]).sum(-1)
+        near = [ops.in_leaves(x) for x in (dout[..., :d_v], lse, delta)]
         at_leaves = leaf_backward(near[0], ops.leaves(), near[1], near[2], scale=scale)
         dq, dk, dv, dC, dB = (x.flatten(1, 2) for x in at_leaves)
         for level in levels(shape.padded, leaf):
@@ -122,9 +120,8 @@ def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, sc
             row_lse = level.odd(lse)
             if rect.outside is not None:
                 row_lse = row_lse.masked_fill(rect.outside, EXCLUDED)
-            far = attend_backward(
-                level.odd(dout), rect.q, rect.k, rect.v, level.odd(out), row_lse, d_v=d_v, scale=scale
-            )
+            of_rows = Rows(level.odd(dout), level.odd(out), row_lse, level.odd(delta))
+            far = attend_backward(of_rows, rect.q, rect.k, rect.v, d_v=d_v, scale=scale)
             level.odd(dq).add_(far.q[..., :d_h])
             level.even(dk).add_(far.k[..., :d_h])
             level.even(dv).add_(far.v[..., :d_v])
@@ -151,24 +148,27 @@ def _through_rotation(
     is dg, its imaginary part dΦ. log α and θ then take the suffix sums.
     """
     group = C.shape[1] // B.shape[1]
-    C_c, B_c = as_complex(C.contiguous()), as_complex(B.contiguous())
-    back = unit.conj().resolve_conj()
-    dC_c = as_complex(dC.contiguous()).unflatten(1, (-1, group)) * back[:, :, None]
-    dB_c = as_complex(dB.contiguous()) * back
-    dC_c = dC_c.flatten(1, 2)
-    of_C, of_B = dC_c * C_c.conj(), dB_c * B_c.conj()
-    dlam = of_C.real.sum((0, 2, 3)) / scale
-    lam_H11 = (lam / scale)[:, None, None]
-    of_C = (of_C * lam_H11).unflatten(1, (-1, group)).sum(2)
+    back = unit.conj_physical()
+    dC_c, dB_c = as_complex(dC.contiguous()), as_complex(dB.contiguous())
+    dC_c.unflatten(1, (-1, group)).mul_(back[:, :, None])
+    dB_c.mul_(back)
+    of_C, of_B = dC_c * as_complex(C.contiguous()).conj(), dB_c * as_complex(B.contiguous()).conj()
+    dC = as_real(dC_c).mul_((lam / scale)[:, None, None])
+
+    decay_C = of_C.real.sum(-1)
+    dlam = decay_C.sum((0, 2)) / scale
+    decay_C, phase_C = decay_C * (lam / scale)[:, None], of_C.imag * (lam / scale)[:, None, None]
+    if group > 1:
+        decay_C, phase_C = (x.unflatten(1, (-1, group)).sum(2) for x in (decay_C, phase_C))
     segments = None if doc_ids is None else Segments.of(doc_ids)
-    dlog_alpha = suffix_sums((of_C - of_B).real.sum(-1), segments)
-    dtheta = suffix_sums((of_C + of_B).imag, segments)
-    return as_real(dC_c * lam_H11), as_real(dB_c), dlog_alpha, dtheta, dlam
+    dlog_alpha = suffix_sums(decay_C - of_B.real.sum(-1), segments)
+    dtheta = suffix_sums(phase_C.add_(of_B.imag), segments)
+    return dC, as_real(dB_c), dlog_alpha, dtheta, dlam
 
 
 @_bisected_backward.register_fake
 def _bisected_backward_fake(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
-    work = _work_dtype(q.dtype)
+    work = work_dtype(q.dtype)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, C, B)]
     return *grads, *(torch.empty_like(x, dtype=work) for x in (g, turns, lam))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sisa_dist.config import UserError
 from sisa_dist.ops.attention import causal_attention
 from sisa_dist.ops.masks import causal_mask
+from sisa_dist.ops.precision import no_autocast, work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
 from sisa_dist.ops.score import sisa_attention
 
@@ -69,7 +70,7 @@ class AttentionCache:
         if first:
             return causal_attention(q, k, v, scale=scale)
         mask = None if t == 1 else causal_mask(t, self.length, device=q.device)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device):
             return F.scaled_dot_product_attention(
                 q, k_all, v_all, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
@@ -107,7 +108,7 @@ class SisaCache:
         `sisa_attention` gives for the last t tokens of the full run.
         """
         H, t = q.shape[1], q.shape[2]
-        work = torch.float64 if q.dtype == torch.float64 else torch.float32
+        work = work_dtype(q.dtype)
         first = self.length == 0
         g_BGt, phase_BGtm = running_sum(log_alpha, dim=-1), running_sum(theta, dim=-2)
         if self._last is not None:
@@ -123,7 +124,7 @@ class SisaCache:
             return sisa_attention(q, k, v, C, B, log_alpha, theta, lam, scale=scale)
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q.device):
             C_rot = rotate(C.to(work), expand_kv(cos, H), expand_kv(sin, H)) * lam.to(work)[:, None, None]
             rows = [
                 _attend_rows(

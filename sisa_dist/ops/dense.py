@@ -6,10 +6,10 @@ T². Every other path is tested against this file, so it holds nothing clever.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sisa_dist.ops.masks import causal_mask, document_mask
+from sisa_dist.ops.precision import work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
 
 
@@ -32,7 +32,7 @@ def sisa_dense(
     `sisa_attention`, already checked.
     """
     H, T = q_BHTd.shape[1], q_BHTd.shape[2]
-    work = torch.float64 if q_BHTd.dtype == torch.float64 else torch.float32
+    work = work_dtype(q_BHTd.dtype)
     q, k, v, C, B = (expand_kv(x, H).to(work) for x in (q_BHTd, k_BGTd, v_BGTv, C_BHTs, B_BGTs))
 
     g_BHT = expand_kv(running_sum(log_alpha_BGT, dim=-1), H)

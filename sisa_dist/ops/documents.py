@@ -61,10 +61,10 @@ def suffix_sums(x_BGT: Tensor, segments: Segments | None) -> Tensor:
     """
     prefix = x_BGT.cumsum(2, dtype=torch.float64)
     if segments is None:
-        result = prefix[:, :, -1:] - prefix + x_BGT
+        result = torch.sub(prefix[:, :, -1:], prefix).add_(x_BGT)
         result[:, :, 0] = 0
         return result
     first, last = (s.view(s.shape[0], 1, -1, *(1,) * (x_BGT.ndim - 3)) for s in segments)
     total = prefix.gather(2, last.expand(prefix.shape))
     is_first = torch.arange(x_BGT.shape[2], device=x_BGT.device).view_as(first[:1]) == first
-    return (total - prefix + x_BGT).masked_fill_(is_first, 0)
+    return (total - prefix).add_(x_BGT).masked_fill_(is_first, 0)

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sisa_dist.ops.backends import (
+from sisa_dist.ops.precision import widen
+from sisa_dist.ops.products import (
+    chunks,
     fold_heads,
     scaled_bmm,
     score_gradient,
     softmax_product_,
     unfold_heads,
-    widen,
 )
 
 
@@ -47,40 +48,59 @@ class LeafGradients(NamedTuple):
 def leaf_forward(leaves: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     """Returns out `[M, n, L, d_v]` and lse `[M, n, L]`, in at least fp32."""
     M, N = leaves.q.shape[0], leaves.k.shape[0]
-    q, k, v, C, B = (widen(fold_heads(x, N)) for x in leaves[:5])
-    score, _ = _scores(q, k, C, B, leaves.g.flatten(0, 1), leaves.hidden, scale=scale)
-    out, lse = softmax_product_(score, v)
-    return unfold_heads(out, N, M), unfold_heads(lse, N, M)
+    blocks = _blocks(leaves)
+    q, v = blocks.q, blocks.v
+    out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], 1)
+    for c in chunks(q.shape[0], q.shape[1] * v.shape[1], q.device):
+        score, _ = _scores(_part(blocks, c), scale=scale)
+        softmax_product_(score, v[c], out=out[c], lse=lse[c])
+    return unfold_heads(out, N, M), unfold_heads(lse, N, M)[..., 0]
 
 
-def leaf_backward(dout: Tensor, leaves: Leaves, out: Tensor, lse: Tensor, *, scale: float) -> LeafGradients:
-    """Gradients in at least fp32, given out and lse of the rows' whole softmax; C's and B's are of what was passed."""
+def leaf_backward(dout: Tensor, leaves: Leaves, lse: Tensor, delta: Tensor, *, scale: float) -> LeafGradients:
+    """Gradients in at least fp32, given lse and δ `[M, n, L]` of the rows' whole softmax; C's and B's as passed."""
     M, N = leaves.q.shape[0], leaves.k.shape[0]
-    q, k, v, C, B = (widen(fold_heads(x, N)) for x in leaves[:5])
-    dout, out = (widen(fold_heads(x, N)) for x in (dout, out))
-    score, decay = _scores(q, k, C, B, leaves.g.flatten(0, 1), leaves.hidden, scale=scale)
-    prob = score.sub_(fold_heads(lse[..., None], N)).exp_()
-    dv = torch.bmm(prob.mT, dout)
-    dscore = score_gradient(prob, dout, v, out)
-    dq, dk = scaled_bmm(dscore, k, scale), scaled_bmm(dscore.mT, q, scale)
-    _per_head(dscore, decay).mul_(decay[:, None])
-    dC, dB = scaled_bmm(dscore, B, scale), scaled_bmm(dscore.mT, C, scale)
+    blocks = _blocks(leaves)
+    dout, lse, delta = (widen(fold_heads(x, N)) for x in (dout, lse[..., None], delta[..., None]))
+    dq, dk, dv, dC, dB = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in blocks[:5])
+    for c in chunks(dq.shape[0], dq.shape[1] * dk.shape[1], dq.device):
+        q, k, v, C, B = (x[c] for x in blocks[:5])
+        score, decay = _scores(_part(blocks, c), scale=scale)
+        prob = score.sub_(lse[c]).exp_()
+        torch.bmm(prob.mT, dout[c], out=dv[c])
+        dscore = score_gradient(prob, dout[c], v, delta[c])
+        scaled_bmm(dscore, k, scale, out=dq[c])
+        scaled_bmm(dscore.mT, q, scale, out=dk[c])
+        _per_head(dscore, decay).mul_(decay[:, None])
+        scaled_bmm(dscore, B, scale, out=dC[c])
+        scaled_bmm(dscore.mT, C, scale, out=dB[c])
     dk, dv, dB = (x.unflatten(0, (N, -1)) for x in (dk, dv, dB))
     return LeafGradients(unfold_heads(dq, N, M), dk, dv, unfold_heads(dC, N, M), dB)
 
 
-def _scores(
-    q: Tensor, k: Tensor, C: Tensor, B: Tensor, g: Tensor, hidden: Tensor, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """scale·(q kᵀ + e^{g_i−g_j} ∘ C Bᵀ), −inf where hidden, and the decay `[N·n, L, L]`."""
+def _blocks(leaves: Leaves) -> Leaves:
+    """The same with all blocks in one batch dimension: q, C `[N·n, (M/N)·L, ·]`, k, v, B, g `[N·n, L, ·]`."""
+    N = leaves.k.shape[0]
+    q, k, v, C, B = (widen(fold_heads(x, N)) for x in leaves[:5])
+    return Leaves(q, k, v, C, B, leaves.g.flatten(0, 1), leaves.hidden)
+
+
+def _part(blocks: Leaves, c: slice) -> Leaves:
+    q, k, v, C, B, g = (x[c] for x in blocks[:6])
+    return Leaves(q, k, v, C, B, g, blocks.hidden if blocks.hidden.ndim == 2 else blocks.hidden[c])
+
+
+def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
+    """scale·(q kᵀ + e^{g_i−g_j} ∘ C Bᵀ), −inf where hidden, and the decay `[n, L, L]`."""
+    q, g, hidden = blocks.q, blocks.g, blocks.hidden
     decay = (g[:, :, None] - g[:, None, :]).to(q.dtype).clamp_(max=0.0).exp_()
-    score = torch.bmm(C, B.mT)
+    score = torch.bmm(blocks.C, blocks.B.mT)
     per_head = _per_head(score, decay)
     bias = score.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     torch.addcmul(bias if hidden.ndim == 2 else bias[:, None], per_head, decay[:, None], out=per_head)
-    return score.baddbmm_(q, k.mT, beta=scale, alpha=scale), decay
+    return score.baddbmm_(q, blocks.k.mT, beta=scale, alpha=scale), decay
 
 
 def _per_head(score: Tensor, decay: Tensor) -> Tensor:
-    """[N·n, (M/N)·L, L] seen as [N·n, M/N, L, L]: heads of a group share one decay."""
+    """[n, (M/N)·L, L] seen as [n, M/N, L, L]: heads of a group share one decay."""
     return score.unflatten(1, (-1, decay.shape[1]))

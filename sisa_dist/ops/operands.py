@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sisa_dist.ops.backends import choose
 from sisa_dist.ops.documents import crossing, mask_value
 from sisa_dist.ops.leaf import Leaves
-from sisa_dist.ops.spans import Level, as_complex
+from sisa_dist.ops.spans import Level, as_complex, levels
 
 
 class Shape(NamedTuple):
@@ -76,7 +77,9 @@ class Operands:
         """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
         self.shape, d_h, d_s = shape, shape.d_h, shape.d_s
         work = turn_BGTm.real.dtype
-        self.q, self.k, self.v = (self.spread(x, width=shape.width) for x in (q, k, v))
+        self.v_width = self._v_width(q)
+        self.q, self.k = (self.spread(x, width=shape.width) for x in (q, k))
+        self.v = self.like_v(v)
         self.g = self._hold(g)
         self.C, self.B = self.spread(C, dtype=work), self.spread(B, dtype=work)
         if d_s:
@@ -92,6 +95,19 @@ class Operands:
             self.mask = d_h + d_s
             self.mask_value = mask_value(scale, q.dtype)
             self.q[..., self.mask] = 1
+
+    def _v_width(self, q: Tensor) -> int:
+        """Only flash needs v, out and dout as wide as q̂: where even the largest level goes by products, d_v."""
+        spans = [level.span for level in levels(self.shape.padded, self.shape.leaf)]
+        width, largest = self.shape.width, max(spans, default=0)
+        flash = choose(q.device, q.dtype, num_keys=largest, width=width) != "products"
+        return width if spans and flash else self.shape.d_v
+
+    def like_v(self, x: Tensor) -> Tensor:
+        """v, out or dout `[B, H, T, d_v]` → `[B·H, padded, v_width]`, to be read only: no copy where none is needed."""
+        if x.is_contiguous() and self.v_width == x.shape[-1] and self.shape.padded == x.shape[2]:
+            return x.flatten(0, 1)
+        return self.spread(x, width=self.v_width)
 
     def spread(self, x: Tensor, *, width: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """[B, H, T, w] → [B·H, padded, width], zeros beyond; always a fresh contiguous copy."""

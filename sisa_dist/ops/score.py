@@ -12,6 +12,7 @@ from torch import Tensor
 from sisa_dist.config import UserError
 from sisa_dist.ops.bisect import sisa_bisected
 from sisa_dist.ops.dense import sisa_dense
+from sisa_dist.ops.precision import no_autocast
 from sisa_dist.ops.single import sisa_single
 
 PATHS = ("auto", "single", "bisected", "dense")
@@ -54,13 +55,13 @@ def sisa_attention(
 
     Returns `[B, H, T, d_v]` in q's dtype. Raises UserError for shapes, dtypes or settings that do not fit.
     """
-    _check(q, k, v, C, B, log_alpha, theta, lam, doc_ids, path, log_alpha_min, leaf)
+    _check(q, k, v, C, B, log_alpha, theta, lam, doc_ids, path, scale, log_alpha_min, leaf)
     T, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
     if path == "auto":
         safe = log_alpha_min is not None and doc_ids is None and T * -log_alpha_min <= SAFE_RANGE
         path = "single" if safe else "bisected"
     inputs = (q, k, v, C, B, log_alpha, theta, lam)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q.device):
         if path == "single":
             return sisa_single(*inputs, scale=scale, doc_ids_BT=doc_ids)
         if path == "dense":
@@ -79,11 +80,14 @@ def _check(
     lam: Tensor,
     doc_ids: Tensor | None,
     path: str,
+    scale: float | None,
     log_alpha_min: float | None,
     leaf: int | None,
 ) -> None:
     if path not in PATHS:
         raise UserError(f"sisa_attention: path {path!r} is unknown: set one of {', '.join(PATHS)}")
+    if scale is not None and not scale > 0:
+        raise UserError(f"sisa_attention: scale {scale} must be positive (None: 1/√d_h)")
     if log_alpha_min is not None and not log_alpha_min <= 0:
         raise UserError(f"sisa_attention: log_alpha_min {log_alpha_min} must be ≤ 0 nats per token")
     if leaf is not None and leaf < 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.ops.attention import flash_sdpa
+from sisa_dist.ops.precision import work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
 
 
@@ -33,7 +34,7 @@ def sisa_single(
     [B, H, T, d_v] in q's dtype.
     """
     H, dtype = q_BHTd.shape[1], q_BHTd.dtype
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = work_dtype(dtype)
     g_BGT = running_sum(log_alpha_BGT, dim=-1)
     # Any c is exact; the middle of the range spends it evenly on both factors. It carries no gradient.
     middle = (g_BGT[..., :1] + g_BGT[..., -1:]).detach() / 2

@@ -5,7 +5,7 @@ log α is rounded to a multiple of 2^-36 nats (2^-42 in fp64) and summed in fp64
 rounding error at all up to 2^17 (2^11) nats, so a difference of two running sums *is* the sum over the span between
 them, whatever lies before. No precision is lost with length, and another document's decay cannot move a single bit of
 ours; the rounding itself, 7e-12 (1e-13) nats a token, is far under the exponential's own error. θ is summed in 64-bit
-fixed point, where one turn is 2^64 and overflow is the reduction mod 2π. What is done with the spans is not decided
+fixed point, where overflow is the reduction mod 2π. What is done with the spans is not decided
 here.
 """
 
@@ -64,14 +64,16 @@ def decay_sums(log_alpha_BGT: Tensor, *, work: torch.dtype) -> Tensor:
 def phase_turns(theta_BGTm: Tensor, first_BT: Tensor | None, *, work: torch.dtype) -> Tensor:
     """Φ in turns, in [−1/2, 1/2]: inclusive running sums along T, counted from token `first_BT` where given.
 
-    The sum is of int64 in units of 2^-64 turn, whose overflow is the reduction mod one turn. Counting from the
-    document's first token keeps an earlier document's θ from moving a bit of the rotated channels.
+    The sum is of int64 in units of 2^-40 turn (2^-52 in fp64): it may overflow, for 2^64 units are whole turns. A
+    single θ must stay below 2^23 (2^11) turns. Counting from the document's first token keeps an earlier document's θ
+    from moving a bit of the rotated channels.
     """
-    turns = theta_BGTm.double() * (0.5 / math.pi)
-    units = (turns.sub_(turns.round()) * 2.0**62).long().mul_(4).cumsum(2)
+    bits = 52 if work == torch.float64 else 40
+    units = (theta_BGTm.double() * (0.5 / math.pi * 2.0**bits)).round_().long().cumsum(2)
     if first_BT is not None:
         units = units - units.gather(2, first_BT[:, None, :, None].expand_as(units))
-    return (units.double() * 2.0**-64).to(work)
+    # Shifted so that whole turns fall off the top and the sign bit is half a turn.
+    return units.mul_(1 << (64 - bits)).to(work).mul_(2.0**-64)
 
 
 def turn(turns: Tensor) -> Tensor:
