@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
 
 def _load(tensors: dict, checkpoint: Path, *, no_dist: bool) -> None:
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
+        with warnings.catch_warnings():
+            # no_dist is meant: a model is loaded without a process group.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint}: cannot be loaded ({reason.strip()}): use another checkpoint") from error

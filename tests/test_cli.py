@@ -1,0 +1,104 @@
+"""The commands as a user meets them: they work in order, and what the user can mend is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sisa_dist import cli
+from sisa_dist.config import RunConfig, dump_config
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sisa", *arguments])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def config_file(tiny: RunConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_config(tiny), encoding="utf-8")
+    return path
+
+
+def test_prepare_train_eval_generate(
+    config_file: Path, tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    passages = tmp_path / "lambada.jsonl"
+    passages.write_text('{"text": "one two three"}\n{"text": "the quick brown fox"}\n', encoding="utf-8")
+    code, out, _ = run(monkeypatch, capsys, "prepare", str(config_file))
+    assert code == 0 and "up to date" in out
+    code, out, _ = run(monkeypatch, capsys, "train", str(config_file), "--set", "training.steps=3")
+    assert code == 0 and "step      3/3" in out and "validation loss" in out
+    code, out, _ = run(monkeypatch, capsys, "eval", tiny.output_dir, "--set", f"evaluation.lambada={passages}")
+    assert code == 0
+    results = json.loads((Path(tiny.output_dir) / "evaluation.json").read_text(encoding="utf-8"))
+    assert results["step"] == 3 and results["lambada"]["passages"] == 2
+    assert 1 < results["perplexity"]["unigram_perplexity"] < 512
+    generate = ("generate", tiny.output_dir, "--prompt", "def f(", "--max-tokens", "20", "--seed", "3")
+    code, first, _ = run(monkeypatch, capsys, *generate)
+    assert code == 0 and first.startswith("def f(")
+    assert run(monkeypatch, capsys, *generate)[1] == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("train", "absent.yaml"), "absent.yaml: no such config file"),
+        (("train", "CONFIG", "--set", "training.stps=1"), "training.stps: unknown key; did you mean steps?"),
+        (("train", "CONFIG", "--set", "data.folder=nowhere"), "run `sisa prepare`"),
+        (("train", "CONFIG", "--set", "model.vocab_size=100"), "model.vocab_size"),
+        (("train", "CONFIG", "--set", "device=cuda"), "device"),
+        (("prepare", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens"),
+        (("prepare", "CONFIG", "--set", "data.input=nothing.txt"), "nothing.txt"),
+        (("eval", "nowhere"), "no checkpoint here"),
+        (("generate", "nowhere"), "no checkpoint here"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_2(
+    arguments: tuple[str, ...],
+    says: str,
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    code, _, err = run(monkeypatch, capsys, *(str(config_file) if a == "CONFIG" else a for a in arguments))
+    assert code == 2
+    assert says in err and err.startswith("sisa: ") and err.count("\n") == 1
+
+
+def test_doctor_passes_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(monkeypatch, capsys, "doctor")
+    assert code == 0 and "score path" in out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, sisa_dist.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_wandb_offline_mirrors_the_metrics(tiny: RunConfig) -> None:
+    pytest.importorskip("wandb")
+    from sisa_dist.training.trainer import train
+
+    logging = tiny.logging.model_copy(update={"wandb": "offline"})
+    training = tiny.training.model_copy(update={"steps": 2})
+    folder = train(tiny.model_copy(update={"logging": logging, "training": training}), quiet=True)
+    (log,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    assert log.stat().st_size > 0
+    content = log.read_bytes()
+    assert b"train/loss" in content and b"evaluation/validation_loss" in content
