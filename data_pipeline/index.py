@@ -1,9 +1,15 @@
-"""The index of a split, and reading its members by range: from a local file, or any URL fsspec knows."""
+"""The index of a split: what is where in its shards, and reading members by range from a local file or any fsspec URL.
+
+Beside the tars: index.json (a few lines and the shards' names), members.npy (a row a member), segments.npy (uint32, the
+document lengths, memory-mapped where local) and token_counts.npy. It says nothing of order: see order.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,59 +17,106 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from numpy.typing import NDArray
 
-from data_pipeline.shards import FORMAT_VERSION, member_hash
 from sisa_dist.config import UserError
 
-_COLUMNS = ("shard", "offset", "tokens", "hash", "segments", "continued")
-_CACHED_MEMBERS = 64  # 2 MB at 16 384 tokens of uint16; a few a lane are in use at a time
+FORMAT_VERSION = 2
+# `offset` is of the first id inside the shard; `segments_end` counts rows of segments.npy up to and with this member.
+MEMBER_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("tokens", "<u4"),
+        ("offset", "<u8"),
+        ("segments_end", "<u8"),
+        ("continued", "u1"),
+        ("hash", "V16"),
+    ]
+)
+_FILES = ("members.npy", "token_counts.npy")  # small enough to be hashed whole whenever they are loaded
+_CACHED_MEMBERS = 64  # 2 MB at 16 384 ids of uint16; about one a lane is in use at a time
+_AGAIN = "restore it or run `sisa prepare --force`"
+
+
+def member_hash(payload: bytes) -> bytes:
+    """What the index stores of a member's content: 16 bytes of blake2b over its ids as they lie in the shard."""
+    return hashlib.blake2b(payload, digest_size=16).digest()
+
+
+def write_index(
+    folder: Path,
+    *,
+    header: dict[str, Any],
+    members: NDArray[Any],
+    segments: NDArray[np.uint32],
+    token_counts: NDArray[np.int64],
+) -> None:
+    """header: dtype, vocab_size, eos_id, tokenizer_sha256, documents, shards; see Index."""
+    np.save(folder / "members.npy", members)
+    np.save(folder / "segments.npy", segments)
+    np.save(folder / "token_counts.npy", token_counts)
+    hashes = {name: member_hash((folder / name).read_bytes()).hex() for name in _FILES}
+    text = json.dumps({"format": FORMAT_VERSION} | header | {"hashes": hashes}, indent=1)
+    (folder / "index.json").write_text(text, encoding="utf-8")
 
 
 @dataclass
 class Index:
-    """What is where in the shards of one split. Member m holds `tokens[m]` ids; see data_pipeline.shards."""
+    """One split. Member m holds `tokens[m]` ids of `dtype`, documents ended by `eos_id`."""
 
     folder: str
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
     documents: int
-    shards: list[dict[str, Any]]
-    shard: list[int]
-    offset: list[int]
-    tokens: np.ndarray  # int64 [members]
-    hash: list[str]
-    segments: list[list[int]]
-    continued: list[int]
-    _cache: OrderedDict[int, np.ndarray] = field(default_factory=OrderedDict, repr=False)
+    shards: list[dict[str, Any]]  # name, bytes
+    members: NDArray[Any]  # MEMBER_DTYPE [members]
+    token_counts: NDArray[np.int64]  # [vocab_size], over the whole split
+    _segments: NDArray[np.uint32]
+    _cache: OrderedDict[int, NDArray[Any]] = field(default_factory=OrderedDict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own thread
 
     @classmethod
     def load(cls, folder: str | Path) -> Index:
-        """Read `folder`/index.json. Raises UserError where it is absent, damaged or of another format."""
+        """The index in `folder`, a path or URL. Raises UserError where it or a local shard is absent or damaged."""
         path = f"{folder}/index.json"
-        again = "run `sisa prepare` again"
         try:
-            with fsspec.open(path, "rb") as file:
-                raw = json.loads(file.read())
+            raw = json.loads(_read(path))
             if raw["format"] != FORMAT_VERSION:
-                raise UserError(f"{path}: format {raw['format']}, this version reads {FORMAT_VERSION}: {again}")
-            columns = {name: raw[name] for name in _COLUMNS}
-            if len({len(column) for column in columns.values()}) != 1:
-                raise UserError(f"{path}: its columns differ in length, it is damaged: {again}")
-            columns["tokens"] = np.array(raw["tokens"], dtype=np.int64)
+                raise UserError(
+                    f"{path}: format {raw['format']}, this version reads {FORMAT_VERSION}: run `sisa prepare --force`"
+                )
+            arrays = {}
+            for name in _FILES:
+                content = _read(f"{folder}/{name}")
+                if member_hash(content).hex() != raw["hashes"][name]:
+                    raise UserError(f"{folder}/{name}: not what was written, it is damaged: {_AGAIN}")
+                arrays[name] = np.load(io.BytesIO(content))
             names = ("vocab_size", "eos_id", "tokenizer_sha256", "documents", "shards")
             index = cls(
-                folder=str(folder), dtype=np.dtype(raw["dtype"]), **{name: raw[name] for name in names}, **columns
+                folder=str(folder),
+                dtype=np.dtype(raw["dtype"]),
+                **{name: raw[name] for name in names},
+                members=arrays["members.npy"],
+                token_counts=arrays["token_counts.npy"],
+                _segments=_load_segments(f"{folder}/segments.npy"),
             )
-        except FileNotFoundError:
-            raise UserError(f"{path}: no index here: run `sisa prepare` first") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: no index here ({error}): run `sisa prepare` first") from None
+        except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path}: cannot be read, it is damaged ({error}): {again}") from None
-        index._check_sizes()
+            raise UserError(f"{path}: cannot be read ({_line(error)}): {_AGAIN}") from None
+        if len(index.members) and len(index._segments) != index.members["segments_end"][-1]:
+            raise UserError(f"{folder}/segments.npy: another length than the index says, it is damaged: {_AGAIN}")
+        index._check_shards()
         return index
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Ids of each member, [members]."""
+        return self.members["tokens"].astype(np.int64)
 
     @property
     def num_tokens(self) -> int:
@@ -71,45 +124,66 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Of every token and its place: tokenizer, member lengths and hashes."""
+        """Of every token and its place: format, tokenizer, member lengths and content hashes."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{FORMAT_VERSION} {self.dtype.str} {self.tokenizer_sha256}\n".encode())
-        for tokens, member in zip(self.tokens.tolist(), self.hash, strict=True):
-            digest.update(f"{tokens} {member}\n".encode())
+        digest.update(f"{FORMAT_VERSION} {self.dtype.str} {self.eos_id} {self.tokenizer_sha256}\n".encode())
+        digest.update(np.ascontiguousarray(self.members["tokens"]).tobytes())
+        digest.update(np.ascontiguousarray(self.members["hash"]).tobytes())
         return digest.hexdigest()
 
-    def read_member(self, member: int) -> np.ndarray:
-        """The ids of one member, checked against its hash. Raises UserError where they are not what was written."""
-        if member in self._cache:
-            self._cache.move_to_end(member)
-            return self._cache[member]
-        path = f"{self.folder}/{self.shards[self.shard[member]]['name']}"
-        size = int(self.tokens[member]) * self.dtype.itemsize
-        try:
-            with fsspec.open(path, "rb") as file:
-                file.seek(self.offset[member])
-                payload = file.read(size)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}): restore it or run `sisa prepare --force`") from None
-        if member_hash(payload) != self.hash[member]:
-            raise UserError(
-                f"{path}: member {member} is not what was written (cut short or changed): restore the file or run "
-                "`sisa prepare --force`"
-            )
-        self._cache[member] = np.frombuffer(payload, dtype=self.dtype)
-        if len(self._cache) > _CACHED_MEMBERS:
-            self._cache.popitem(last=False)
-        return self._cache[member]
+    def segments(self, member: int) -> NDArray[np.int64]:
+        """Tokens of each document part in the member, in order; they sum to its tokens."""
+        start = int(self.members["segments_end"][member - 1]) if member else 0
+        found = self._segments[start : int(self.members["segments_end"][member])].astype(np.int64)
+        if found.sum() != self.members["tokens"][member]:
+            raise UserError(f"{self.folder}/segments.npy: wrong at member {member}, it is damaged: {_AGAIN}")
+        return found
 
-    def _check_sizes(self) -> None:
+    def read_member(self, member: int) -> NDArray[Any]:
+        """The ids of one member, checked against its hash. Raises UserError where they are not what was written."""
+        with self._lock:
+            if member in self._cache:
+                self._cache.move_to_end(member)
+                return self._cache[member]
+        row = self.members[member]
+        path = f"{self.folder}/{self.shards[int(row['shard'])]['name']}"
+        start = int(row["offset"])
+        try:
+            payload = _read(path, start, start + int(row["tokens"]) * self.dtype.itemsize)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({_line(error)}): {_AGAIN}") from None
+        if member_hash(payload) != row["hash"].tobytes():
+            raise UserError(f"{path}: member {member} is not what was written (cut short or changed): {_AGAIN}")
+        found = np.frombuffer(payload, dtype=self.dtype)
+        with self._lock:
+            self._cache[member] = found
+            if len(self._cache) > _CACHED_MEMBERS:
+                self._cache.popitem(last=False)
+        return found
+
+    def _check_shards(self) -> None:
+        """Presence and size of every local shard; remote ones are found out when read, a request each is too dear."""
+        if "://" in self.folder:
+            return
         for shard in self.shards:
-            path = f"{self.folder}/{shard['name']}"
-            try:
-                size = fsspec.core.url_to_fs(path)[0].size(path)
-            except OSError:
-                raise UserError(f"{path}: the shard is missing: restore it or run `sisa prepare --force`") from None
-            if size is not None and size != shard["bytes"]:
-                raise UserError(
-                    f"{path}: {size} bytes instead of {shard['bytes']}, cut short or changed: restore the file or run "
-                    "`sisa prepare --force`"
-                )
+            path = Path(self.folder) / shard["name"]
+            if not path.is_file():
+                raise UserError(f"{path}: the shard is missing: {_AGAIN}")
+            if (size := path.stat().st_size) != shard["bytes"]:
+                raise UserError(f"{path}: {size} bytes instead of {shard['bytes']}, cut short or changed: {_AGAIN}")
+
+
+def _read(path: str, start: int | None = None, stop: int | None = None) -> bytes:
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    return filesystem.cat_file(inner, start=start, end=stop)
+
+
+def _load_segments(path: str) -> NDArray[np.uint32]:
+    try:
+        return np.load(io.BytesIO(_read(path))) if "://" in path else np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged or cut short ({_line(error)}): {_AGAIN}") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.index import Index
-from data_pipeline.order import EpochOrder, epoch_order, lane_entry, num_windows, stored_order
+from data_pipeline.order import ORDER_VERSION, EpochOrder, epoch_order, lane_entry, num_windows, stored_order
 from sisa_dist.config import UserError
 
 IGNORE = -100  # a label that does not count
@@ -81,7 +81,7 @@ class Loader:
         self._global, self._micro = global_batch_windows, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._document_mask, self._prefetch = document_mask, prefetch
-        settings = f"{index.fingerprint} {seq_len} {seed} {lanes} {source} {document_mask}"
+        settings = f"{index.fingerprint} {ORDER_VERSION} {seq_len} {seed} {lanes} {source} {document_mask}"
         self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
@@ -123,6 +123,7 @@ class BatchStream:
         self._queue: queue.Queue[StepBatch | BaseException] | None = queue.Queue(prefetch) if prefetch else None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
 
     def __enter__(self) -> BatchStream:
         if self._queue is not None:
@@ -142,8 +143,11 @@ class BatchStream:
         if self._queue is None:
             return next(self._items)
         assert self._thread is not None, "use the stream in a with block"
+        if self._failed is not None:
+            raise self._failed
         item = self._queue.get()
         if isinstance(item, BaseException):
+            self._failed = item
             raise item
         return item
 
@@ -197,15 +201,15 @@ def validation_batches(
 def _read_window(index: Index, order: EpochOrder, window: int, seq_len: int, document_mask: bool) -> Batch:
     """One window as a batch of one row; a short last one is padded with eos and ignored labels."""
     ids, documents = [], []
-    document = -1
+    document, before = -1, -1
     for member, start, stop in order.locate(window * seq_len, (window + 1) * seq_len + 1):
         ids.append(index.read_member(member)[start:stop].astype(np.int64))
         if document_mask:
-            bounds = np.cumsum(index.segments[member])
-            inside = np.searchsorted(bounds, np.arange(start, stop), side="right")
-            # A member never continues the one before it in a shuffled stream, so it opens a new document.
-            documents.append(inside - inside[0] + document + 1)
-            document = int(documents[-1][-1])
+            inside = np.searchsorted(np.cumsum(index.segments(member)), np.arange(start, stop), side="right")
+            # A member goes on with the document before it only where the one before it is the one it was cut from.
+            goes_on = member == before + 1 and before >= 0 and bool(index.members["continued"][member])
+            documents.append(inside - inside[0] + document + (not goes_on))
+            document, before = int(documents[-1][-1]), member
     found = np.concatenate(ids)
     tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORE, dtype=np.int64)

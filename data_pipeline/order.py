@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+ORDER_VERSION = 1  # in the loader's fingerprint: raise it with any change here that serves another order
 
 
 class Range(NamedTuple):

@@ -1,29 +1,36 @@
 """`sisa prepare`: documents → tokenizer → token shards of a training and a held-out split.
 
 Everything is built in a folder beside and renamed, so what stands at data_folder is whole. prepared.json says what it
-was made from: the same settings and inputs are up to date, others are an error unless forced.
+was made from: the same settings and inputs are up to date, others are an error unless forced. The run's seed has no
+part in it, so that runs that differ in the seed share one folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import shutil
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from data_pipeline.building import built_beside
+from data_pipeline.holdout import split_documents, split_value
+from data_pipeline.index import FORMAT_VERSION
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Corpus, Document
 from data_pipeline.tokenizer import Tokenizer, token_dtype, train_tokenizer
 from sisa_dist.config import RunConfig, UserError
 
-_ENCODE_BATCH = 256  # documents handed to the tokenizer's threads at once
+_NOTHING_TO_TRAIN_ON = (
+    "data.validation_fraction {}: every document was held out and none is left to train on: lower it, set it to 0, or "
+    "name more text in data.input"
+)
+_GROUP_CHARACTERS = 2_000_000  # handed to the tokenizer's threads at once
 
 
 def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> Path:
@@ -36,23 +43,18 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
     corpus = Corpus(config.data.input, config.data.text_key)
     settings = _settings(config, corpus)
     console = Console(quiet=quiet, highlight=False)
-    if (folder / "prepared.json").is_file() and not force:
-        _compare(json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["settings"], settings, folder)
+    made = _read_manifest(folder)
+    if made is not None and not force:
+        _compare(made["settings"], settings, folder)
         console.print(f"{folder}: up to date")
         return folder
-    if folder.exists() and any(folder.iterdir()) and not (folder / "prepared.json").is_file():
+    if made is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not made by `sisa prepare`: name another data.folder")
-    building = folder.with_name(folder.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    tokenizer = _tokenizer(config, corpus, building / "tokenizer.model", console)
-    counts = _write_splits(config, corpus, tokenizer, building, console)
-    (building / "prepared.json").write_text(
-        json.dumps({"settings": settings, "counts": counts}, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(building, folder)
+    with built_beside(folder) as building:
+        tokenizer = _tokenizer(config, corpus, building / "tokenizer.model", console)
+        counts = _write_splits(config, corpus, tokenizer, building, console)
+        manifest = json.dumps({"settings": settings, "counts": counts}, indent=1, ensure_ascii=False)
+        (building / "prepared.json").write_text(manifest, encoding="utf-8")
     for split, count in counts.items():
         console.print(
             f"{folder / split}: {count['documents']:,} documents, {count['tokens']:,} tokens, "
@@ -61,10 +63,16 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
     return folder
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """By a hash of the text, so that copies fall on the same side and no other document matters."""
-    value = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-    return value < fraction * 2**64
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    path = folder / "prepared.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest["settings"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: cannot be read, it is damaged: remove the folder {folder}") from None
+    return manifest
 
 
 def _tokenizer(config: RunConfig, corpus: Corpus, path: Path, console: Console) -> Tokenizer:
@@ -78,19 +86,19 @@ def _tokenizer(config: RunConfig, corpus: Corpus, path: Path, console: Console) 
             )
         shutil.copyfile(settings.path, path)
         return Tokenizer.load(path)
-    with _progress("tokenizer: reading", console) as progress:
-        task = progress.add_task("", total=min(settings.sample_bytes, corpus.total_bytes))
+    with _progress(console) as progress:
+        task = progress.add_task("reading for the tokenizer", total=corpus.total_bytes)
 
         def training_texts() -> Iterator[str]:
-            # The whole corpus in order may be sorted by topic; every k-th document samples all of it within the bound.
-            stride = max(1, corpus.total_bytes // settings.sample_bytes)
-            kept = (d.text for d in corpus if not is_held_out(d.text, config.data.validation_fraction))
-            taken = 0
-            for text in islice(kept, 0, None, stride):
-                taken += len(text.encode("utf-8", "surrogatepass"))
-                progress.update(task, completed=taken)
-                yield text
-            progress.update(task, description="training (no bar: SentencePiece reports none)")
+            empty = True
+            for held_out, document in split_documents(corpus, config.data.validation_fraction):
+                progress.update(task, completed=corpus.bytes_read)
+                if not held_out:
+                    empty = False
+                    yield document.text
+            if empty:
+                raise UserError(_NOTHING_TO_TRAIN_ON.format(config.data.validation_fraction))
+            progress.update(task, description="training the tokenizer", completed=corpus.total_bytes)
 
         return train_tokenizer(
             training_texts(),
@@ -118,30 +126,40 @@ def _write_splits(
     fraction = config.data.validation_fraction
     writers = {"train": writer("train")} | ({"validation": writer("validation")} if fraction else {})
     text_bytes = dict.fromkeys(writers, 0)
-    with _progress("tokenising", console) as progress:
-        task = progress.add_task("", total=corpus.total_bytes)
-        for documents in _groups(corpus):
-            texts = [document.text for document in documents]
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-                split = "validation" if is_held_out(text, fraction) else "train"
+    lowest = 1.0
+    with _progress(console) as progress:
+        task = progress.add_task("tokenising", total=corpus.total_bytes)
+        for group in _groups(split_documents(corpus, fraction)):
+            texts = [document.text for _, document in group]
+            for (held_out, document), ids in zip(group, tokenizer.encode_batch(texts), strict=True):
+                split = "validation" if held_out else "train"
                 writers[split].add(ids)
-                text_bytes[split] += len(text.encode("utf-8", "surrogatepass"))
+                text_bytes[split] += len(document.text.encode())
+                lowest = min(lowest, split_value(document.text))
             progress.update(task, completed=corpus.bytes_read)
-    for split, made in writers.items():
-        if made.documents == 0:
-            raise UserError(
-                f"data.validation_fraction {fraction}: no document fell into the {split} split: set it higher or "
-                "lower, or to 0 for no held-out split, or give more documents (a .txt file is one)"
-            )
+    if writers["train"].documents == 0:
+        raise UserError(_NOTHING_TO_TRAIN_ON.format(fraction))
+    if fraction and writers["validation"].documents == 0:
+        raise UserError(
+            f"data.validation_fraction {fraction}: no document was held out: set it to at least "
+            f"{math.ceil(lowest * 1e4 + 1) / 1e4:g}, to 0 for no held-out split, or name more documents in data.input"
+        )
     return {
         split: {"tokens": made.close(), "documents": made.documents, "bytes": text_bytes[split]}
         for split, made in writers.items()
     }
 
 
-def _groups(corpus: Corpus) -> Iterator[list[Document]]:
-    documents = iter(corpus)
-    while group := list(islice(documents, _ENCODE_BATCH)):
+def _groups(documents: Iterator[tuple[bool, Document]]) -> Iterator[list[tuple[bool, Document]]]:
+    """In lists that keep the tokenizer's threads busy without holding much text."""
+    group, length = [], 0
+    for held_out, document in documents:
+        group.append((held_out, document))
+        length += len(document.text)
+        if length >= _GROUP_CHARACTERS:
+            yield group
+            group, length = [], 0
+    if group:
         yield group
 
 
@@ -152,6 +170,7 @@ def _settings(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
     if own is not None and Path(own).is_file():
         own = hashlib.sha256(Path(own).read_bytes()).hexdigest()
     return {
+        "format": FORMAT_VERSION,
         "data.input": [[file.name, file.size, file.mtime_ns] for file in corpus.files],
         "data.text_key": config.data.text_key,
         "data.tokenizer.path": own,
@@ -167,14 +186,13 @@ def _settings(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     for key, value in new.items():
         if old.get(key) != value:
-            said = "files changed" if key == "data.input" else f"{key} was {old.get(key)!r} and is now {value!r}"
+            said = "its files changed" if key == "data.input" else f"{key} was {old.get(key)!r} and is now {value!r}"
             raise UserError(
                 f"{folder}: made with other settings ({key}: {said}): name another data.folder or output_dir, or "
                 "rebuild it with `sisa prepare --force`"
             )
 
 
-def _progress(what: str, console: Console) -> Progress:
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    make: Callable[..., Progress] = Progress
-    return make(*columns, TextColumn("{task.description}"), console=console, disable=console.quiet)
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description:<25}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=console.quiet)

@@ -4,33 +4,29 @@ A member is up to `member_tokens` consecutive tokens of the split, documents joi
     000000000012.json   {"dtype", "tokens", "segments": [tokens of each document part in it], "continued": whether the
                         first of them began in the member before}
     000000000012.bin    the ids, little-endian uint16 (uint32 for vocabularies above 65 536)
-`np.frombuffer(sample["bin"], "<u2")` reads a sample of the plain webdataset library. index.json repeats what the loader
-needs, with the place and hash of every member.
+`np.frombuffer(sample["bin"], "<u2")` reads a sample of the plain webdataset library. The index (index.py) repeats what
+the loader needs, with the place and hash of every member.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT_VERSION = 1
+from data_pipeline.index import MEMBER_DTYPE, member_hash, write_index
+
 _TAR_BLOCK = 512
 
 
-def member_hash(payload: bytes) -> str:
-    """What the index says of a member's content: 16 bytes of blake2b over its ids as stored, in hex."""
-    return hashlib.blake2b(payload, digest_size=16).hexdigest()
-
-
 class ShardWriter:
-    """Takes documents one by one and writes tars and index.json into `folder`, which it makes.
+    """Takes documents one by one and writes tars and index into `folder`, which it makes.
 
     The folder is whole only after `close`: whoever writes it builds it elsewhere and renames.
     """
@@ -51,7 +47,6 @@ class ShardWriter:
         self._folder = folder
         self._dtype = dtype
         self._header = {
-            "format": FORMAT_VERSION,
             "dtype": dtype.str,
             "vocab_size": vocab_size,
             "eos_id": eos_id,
@@ -61,9 +56,9 @@ class ShardWriter:
         self._member_tokens = member_tokens
         self._shard_members = shard_members
         self._shards: list[dict[str, Any]] = []
-        self._columns: dict[str, list[Any]] = {
-            name: [] for name in ("shard", "offset", "tokens", "hash", "segments", "continued")
-        }
+        self._rows: list[tuple[Any, ...]] = []  # of MEMBER_DTYPE
+        self._all_segments = array("I")
+        self._counts = np.zeros(vocab_size, np.int64)
         self._buffer = np.empty(member_tokens, dtype)  # the member being filled
         self._filled = 0
         self._segments: list[int] = []
@@ -91,18 +86,24 @@ class ShardWriter:
         if self._filled:
             self._flush(next_continued=False)
         self._close_tar()
-        index = self._header | {"documents": self.documents, "shards": self._shards} | self._columns
-        (self._folder / "index.json").write_text(json.dumps(index, separators=(",", ":")), encoding="utf-8")
-        return sum(self._columns["tokens"])
+        write_index(
+            self._folder,
+            header=self._header | {"documents": self.documents, "shards": self._shards},
+            members=np.array(self._rows, dtype=MEMBER_DTYPE),
+            segments=np.array(self._all_segments, dtype="<u4"),
+            token_counts=self._counts,
+        )
+        return int(self._counts.sum())
 
     def _flush(self, *, next_continued: bool) -> None:
-        number = len(self._columns["shard"])
+        number = len(self._rows)
         if number % self._shard_members == 0:
             self._close_tar()
             self._shards.append({"name": f"{len(self._shards):06d}.tar", "bytes": 0})
             path = self._folder / self._shards[-1]["name"]
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, closed with its last member
-        payload = self._buffer[: self._filled].tobytes()
+        tokens = self._buffer[: self._filled]
+        payload = tokens.tobytes()
         notes = {
             "dtype": self._dtype.str,
             "tokens": self._filled,
@@ -111,16 +112,10 @@ class ShardWriter:
         }
         self._add_file(f"{number:012d}.json", json.dumps(notes).encode())
         offset = self._add_file(f"{number:012d}.bin", payload)
-        row = (
-            len(self._shards) - 1,
-            offset,
-            self._filled,
-            member_hash(payload),
-            self._segments,
-            int(self._continued),
-        )
-        for column, value in zip(self._columns.values(), row, strict=True):
-            column.append(value)
+        self._all_segments.extend(self._segments)
+        shard, end, digest = len(self._shards) - 1, len(self._all_segments), np.void(member_hash(payload))
+        self._rows.append((shard, self._filled, offset, end, self._continued, digest))
+        self._counts += np.bincount(tokens, minlength=len(self._counts))
         self._filled, self._segments, self._continued = 0, [], next_continued
 
     def _add_file(self, name: str, content: bytes) -> int:
@@ -130,6 +125,7 @@ class ShardWriter:
         entry.size = len(content)
         offset = self._tar.fileobj.tell() + _TAR_BLOCK  # type: ignore[union-attr]
         self._tar.addfile(entry, io.BytesIO(content))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header
         return offset
 
     def _close_tar(self) -> None:
