@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
-from data_pipeline.tokenizer import Tokenizer
 
+from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError, dump_config, load_config
 from sisa_dist.engine import Engine
 from sisa_dist.model import LM, build_model

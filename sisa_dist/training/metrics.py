@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -20,7 +21,9 @@ class Metrics:
     """Appends one JSON object a line and mirrors it to wandb. Only the main rank makes one."""
 
     def __init__(self, run_folder: Path, config: RunConfig) -> None:
-        self._file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = run_folder / "metrics.jsonl"
+        _drop_cut_line(path)
+        self._file = path.open("a", encoding="utf-8")
         self._wandb = None
         if config.logging.wandb != "off":
             try:
@@ -52,6 +55,15 @@ class Metrics:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """A kill may leave half a line at the end; the next record must not be glued to it."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

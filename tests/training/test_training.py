@@ -114,6 +114,15 @@ def test_a_half_written_checkpoint_is_never_seen(tiny: RunConfig) -> None:
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
 
 
+def test_a_metrics_line_cut_by_a_kill_is_dropped_on_resume(tiny: RunConfig) -> None:
+    train(tiny, quiet=True)
+    metrics = Path(tiny.output_dir) / "metrics.jsonl"
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "st')
+    train(changed(tiny, training={"steps": 10}), accept_changes=True, quiet=True)
+    assert [row[0] for row in losses(Path(tiny.output_dir))] == list(range(1, 11))
+
+
 def test_accumulation_and_micro_batches_change_nothing_but_rounding(tiny: RunConfig, tmp_path: Path) -> None:
     one = changed(tiny, training={"micro_batch_size": 4, "steps": 4})
     four = changed(tiny, training={"micro_batch_size": 1, "steps": 4}).model_copy(
