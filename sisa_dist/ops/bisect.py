@@ -152,7 +152,8 @@ def _through_rotation(
     dC_c, dB_c = as_complex(dC.contiguous()), as_complex(dB.contiguous())
     dC_c.unflatten(1, (-1, group)).mul_(back[:, :, None])
     dB_c.mul_(back)
-    of_C, of_B = dC_c * as_complex(C.contiguous()).conj(), dB_c * as_complex(B.contiguous()).conj()
+    # conj_physical, never the lazy conj: below a dispatch mode (selective checkpointing, counters) its bit is ignored.
+    of_C, of_B = (dz * as_complex(z.contiguous()).conj_physical() for dz, z in ((dC_c, C), (dB_c, B)))
     dC = as_real(dC_c).mul_((lam / scale)[:, None, None])
 
     decay_C = of_C.real.sum(-1)

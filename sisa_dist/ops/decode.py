@@ -33,15 +33,16 @@ class GrowingBuffer:
 
     def append(self, x: Tensor) -> Tensor:
         """Append `[B, H, t, ...]`; returns a view of everything held, `[B, H, length, ...]`."""
-        needed = self.length + x.shape[2]
-        store = self._store
+        needed, store = self.length + x.shape[2], self._store
+        if store is not None and (store.shape[:2] != x.shape[:2] or store.shape[3:] != x.shape[3:]):
+            raise UserError(
+                f"cache: a chunk {tuple(x.shape)} does not continue {tuple(store.shape)}: start a new cache"
+            )
         if store is None or needed > store.shape[2]:
             grown = x.new_empty(*x.shape[:2], max(needed, 2 * self.length), *x.shape[3:])
             if store is not None:
                 grown[:, :, : self.length] = store[:, :, : self.length]
             store = self._store = grown
-        if store.shape[:2] != x.shape[:2] or store.shape[3:] != x.shape[3:] or store.dtype != x.dtype:
-            raise UserError(f"cache: a chunk {tuple(x.shape)} {x.dtype} does not continue the one held")
         store[:, :, self.length : needed] = x
         self.length = needed
         return store[:, :, :needed]
