@@ -42,7 +42,9 @@ def evaluate_checkpoint(
     if data.validation is not None:
         windows = config.evaluation.perplexity_windows
         most = None if windows is None else windows * config.training.seq_len
-        results["perplexity"]["unigram_perplexity"] = unigram_perplexity(data.train, data.validation, max_tokens=most)
+        results["perplexity"]["unigram_perplexity"] = unigram_perplexity(
+            data.train, data.validation, max_tokens=most, document_mask=config.data.document_mask
+        )
     path = out or checkpoint.parent.parent / "evaluation.json"
     if mesh.is_main:
         write_results(path, results)
