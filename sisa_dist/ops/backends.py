@@ -21,9 +21,16 @@ from sisa_dist.ops.products import products_backward, products_forward
 
 aten = torch.ops.aten
 
-# Up to this many keys a rectangle is cheaper on CPU as batched products than as CPU flash, whose blocks are then
-# mostly overhead.
-PRODUCTS_UP_TO = 256
+# Up to this many keys a rectangle goes by products on CPU. Measured: one core of a Sapphire Rapids Xeon, d_h 64,
+# d_s 32, d_v 64, milliseconds per million (query, key) pairs, forward + backward (torch 2.13, MKL; ± 10 %):
+#     keys                   64          128         256         512         1024
+#     fp32  CPU flash    2.3 + 41    1.9 + 7.9   2.5 + 7.3   2.4 + 6.3   2.5 + 5.7
+#           products     3.5 + 6.7   2.8 + 6.1   2.5 + 5.6   2.4 + 5.6   4.6 + 10
+#     bf16  CPU flash    1.3 + 43    0.9 + 23    0.7 + 8.4   1.5 + 6.1   1.0 + 4.0
+# Flash needs v, out and dout padded to d_h + d_s besides, which is why fp32 changes over at 1024 and not at 512.
+# bf16 (AMX) is quick forward, and its small backward blocks are what fp32's are not.
+PRODUCTS_UP_TO = 512
+PRODUCTS_UP_TO_16_BIT = {"forward": 0, "backward": 256}
 
 
 class Gradients(NamedTuple):
@@ -41,18 +48,20 @@ class Rows(NamedTuple):
     delta: Tensor
 
 
-def choose(device: torch.device, dtype: torch.dtype, *, num_keys: int, width: int) -> str:
+def choose(device: torch.device, dtype: torch.dtype, *, num_keys: int, width: int, backward: bool) -> str:
     """Backend for a rectangle: `cpu_flash`, `cuda_flash` or `products`; once flash, flash for any more keys."""
-    if device.type == "cpu" and num_keys > PRODUCTS_UP_TO:
-        return "cpu_flash"
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and width <= 256:
+    short = dtype in (torch.bfloat16, torch.float16)
+    if device.type == "cpu":
+        limit = PRODUCTS_UP_TO_16_BIT["backward" if backward else "forward"] if short else PRODUCTS_UP_TO
+        return "cpu_flash" if num_keys > limit else "products"
+    if device.type == "cuda" and short and width <= 256:
         return "cuda_flash"
     return "products"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, d_v: int, scale: float) -> tuple[Tensor, Tensor]:
     """Returns out `[M, n, R, ≥ d_v]` (channels beyond d_v are zero or absent) and lse `[M, n, R]`."""
-    backend = choose(q.device, q.dtype, num_keys=k.shape[2], width=q.shape[-1])
+    backend = choose(q.device, q.dtype, num_keys=k.shape[2], width=q.shape[-1], backward=False)
     if backend == "products":
         return products_forward(q, k, v[..., :d_v], scale=scale)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -69,7 +78,7 @@ def attend_backward(rows: Rows, q: Tensor, k: Tensor, v: Tensor, *, d_v: int, sc
     A row with lse = +1e30 takes no part: its probabilities, and with them all it would contribute, are exactly zero.
     """
     dout, out, lse, delta = rows
-    backend = choose(q.device, q.dtype, num_keys=k.shape[2], width=q.shape[-1])
+    backend = choose(q.device, q.dtype, num_keys=k.shape[2], width=q.shape[-1], backward=True)
     if backend == "products":
         return Gradients(*products_backward(dout[..., :d_v], q, k, v[..., :d_v], lse, delta, scale=scale))
     dout, q, k, v, out, lse = (x.transpose(0, 1) for x in (dout, q, k, v, out, lse))

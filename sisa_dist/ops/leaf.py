@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sisa_dist.ops.precision import widen
+from sisa_dist.ops.precision import exp_, widen
 from sisa_dist.ops.products import (
     chunks,
     fold_heads,
@@ -66,7 +66,7 @@ def leaf_backward(dout: Tensor, leaves: Leaves, lse: Tensor, delta: Tensor, *, s
     for c in chunks(dq.shape[0], dq.shape[1] * dk.shape[1], dq.device):
         q, k, v, C, B = (x[c] for x in blocks[:5])
         score, decay = _scores(_part(blocks, c), scale=scale)
-        prob = score.sub_(lse[c]).exp_()
+        prob = exp_(score.sub_(lse[c]))
         torch.bmm(prob.mT, dout[c], out=dv[c])
         dscore = score_gradient(prob, dout[c], v, delta[c])
         scaled_bmm(dscore, k, scale, out=dq[c])
@@ -93,12 +93,27 @@ def _part(blocks: Leaves, c: slice) -> Leaves:
 def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     """scale·(q kᵀ + e^{g_i−g_j} ∘ C Bᵀ), −inf where hidden, and the decay `[n, L, L]`."""
     q, g, hidden = blocks.q, blocks.g, blocks.hidden
-    decay = (g[:, :, None] - g[:, None, :]).to(q.dtype).clamp_(max=0.0).exp_()
+    decay = exp_(_span_sums(g, q.dtype).clamp_(max=0.0))
     score = torch.bmm(blocks.C, blocks.B.mT)
     per_head = _per_head(score, decay)
     bias = score.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
     torch.addcmul(bias if hidden.ndim == 2 else bias[:, None], per_head, decay[:, None], out=per_head)
     return score.baddbmm_(q, blocks.k.mT, beta=scale, alpha=scale), decay
+
+
+def _span_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g_i − g_j `[n, L, L]` in `dtype` from exact fp64 g `[n, L]`.
+
+    For fp32 without an fp64 `[n, L, L]`, which would cost three times as much: g is split on a grid of 2^-12 nats.
+    Differences of grid points (below 4096 nats) and of remainders (25 bits, spans.py) are both exact in fp32, so
+    only their sum rounds, and the result depends on the difference alone, not on where the block began.
+    """
+    g = g - g[:, :1]
+    if dtype == torch.float64:
+        return g[:, :, None] - g[:, None, :]
+    grid = (g * 4096.0).round_().mul_(1 / 4096.0).to(dtype)
+    rest = (g - grid).to(dtype)
+    return (grid[:, :, None] - grid[:, None, :]).add_(rest[:, :, None] - rest[:, None, :])
 
 
 def _per_head(score: Tensor, decay: Tensor) -> Tensor:

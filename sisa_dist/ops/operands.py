@@ -15,6 +15,7 @@ from torch import Tensor
 from sisa_dist.ops.backends import choose
 from sisa_dist.ops.documents import crossing, mask_value
 from sisa_dist.ops.leaf import Leaves
+from sisa_dist.ops.precision import exp_
 from sisa_dist.ops.spans import Level, as_complex, levels
 
 
@@ -84,8 +85,9 @@ class Operands:
         self.C, self.B = self.spread(C, dtype=work), self.spread(B, dtype=work)
         if d_s:
             turned_C = as_complex(self.C.view(shape.batch, shape.kv_heads, shape.group, shape.padded, d_s))
-            turned_C[:, :, :, : shape.tokens] *= turn_BGTm[:, :, None]
-            as_complex(self.B.view(shape.batch, shape.kv_heads, shape.padded, d_s))[:, :, : shape.tokens] *= turn_BGTm
+            turned_B = as_complex(self.B.view(shape.batch, shape.kv_heads, shape.padded, d_s))
+            turned_C.narrow(3, 0, shape.tokens).mul_(turn_BGTm[:, :, None])
+            turned_B.narrow(2, 0, shape.tokens).mul_(turn_BGTm)
             self.C.view(shape.batch, shape.heads, -1).mul_(lam_over_scale[:, None])
         self.ssm = slice(d_h, d_h + d_s)
         self.doc_q = self.doc_k = None
@@ -100,7 +102,10 @@ class Operands:
         """Only flash needs v, out and dout as wide as q̂: where even the largest level goes by products, d_v."""
         spans = [level.span for level in levels(self.shape.padded, self.shape.leaf)]
         width, largest = self.shape.width, max(spans, default=0)
-        flash = choose(q.device, q.dtype, num_keys=largest, width=width) != "products"
+        flash = any(
+            choose(q.device, q.dtype, num_keys=largest, width=width, backward=backward) != "products"
+            for backward in (False, True)
+        )
         return width if spans and flash else self.shape.d_v
 
     def like_v(self, x: Tensor) -> Tensor:
@@ -147,8 +152,8 @@ class Operands:
         """The level re-based to its even spans' ends, where both factors are ≤ 1 and underflow to 0 is right."""
         odd_q, even_k = level.odd(self.q), level.even(self.k)
         end = level.even(self.g)[:, :, -1:]
-        rise = (level.odd(self.g) - end).to(self.C.dtype).exp_()[..., None]
-        fall = (end - level.even(self.g)).to(self.C.dtype).exp_()[..., None]
+        rise = exp_((level.odd(self.g) - end).to(self.C.dtype))[..., None]
+        fall = exp_((end - level.even(self.g)).to(self.C.dtype))[..., None]
         if self.shape.group > 1:
             rise = rise.repeat_interleave(self.shape.group, 0)
         if self.shape.d_s:

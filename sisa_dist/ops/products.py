@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sisa_dist.ops.precision import widen
+from sisa_dist.ops.precision import exp_, widen
 
 CPU_CHUNK = 1 << 19  # scores held at once, 2 MB of fp32: half a second-level cache for each of two cores
 
@@ -50,7 +50,7 @@ def scaled_bmm(a: Tensor, b: Tensor, scale: float, *, out: Tensor | None = None)
 def softmax_product_(score: Tensor, v: Tensor, *, out: Tensor, lse: Tensor) -> None:
     """softmax(score) @ v into out `[n, R, d_v]`, lse `[n, R, 1]`; overwrites score. Each row needs a finite score."""
     top = score.amax(-1, keepdim=True)
-    total = score.sub_(top).exp_().sum(-1, keepdim=True)
+    total = exp_(score.sub_(top)).sum(-1, keepdim=True)
     torch.bmm(score, v, out=out)
     out.div_(total)
     torch.add(top, total.log_(), out=lse)
@@ -80,7 +80,7 @@ def products_backward(
     lse, delta = (fold_heads(x[..., None], N) for x in (lse, delta))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for c in chunks(q.shape[0], q.shape[1] * k.shape[1], q.device):
-        prob = scaled_bmm(q[c], k[c].mT, scale).sub_(lse[c]).exp_()
+        prob = exp_(scaled_bmm(q[c], k[c].mT, scale).sub_(lse[c]))
         torch.bmm(prob.mT, dout[c], out=dv[c])
         dscore = score_gradient(prob, dout[c], v[c], delta[c])
         scaled_bmm(dscore, k[c], scale, out=dq[c])
