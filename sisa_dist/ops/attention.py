@@ -1,6 +1,7 @@
 """Plain causal softmax attention, grouped-query heads and documents included, through SDPA.
 
-The Transformer baseline and every hybrid use it; it knows nothing of decay. One SDPA call that reaches a flash kernel.
+The Transformer baseline and every hybrid use it. One SDPA call that reaches a flash kernel; long packed sequences go
+by the bisected path without its decay. No positions are added here: RoPE is the caller's.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_dist.config import UserError
+from sisa_dist.ops.bisect import sisa_bisected
 from sisa_dist.ops.masks import document_mask
-from sisa_dist.ops.precision import no_autocast
+from sisa_dist.ops.precision import no_autocast, work_dtype
+
+# Longer packed sequences go by the bisected path, which needs no T² mask: measured at T 4096 on CPU, forward and
+# backward, 238 ms against 422 with the mask (190 without documents); at 512 it is 58 against 53.
+MASK_UP_TO = 1024
 
 
 def causal_attention(
@@ -28,8 +34,20 @@ def causal_attention(
         raise UserError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} need one T, and H_kv must divide H")
     if doc_ids is not None and doc_ids.shape != (q.shape[0], q.shape[2]):
         raise UserError(f"attention: doc_ids {tuple(doc_ids.shape)} must be [B, T] = {[q.shape[0], q.shape[2]]}")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(q.device):
-        return flash_sdpa(q, k, v, scale=scale if scale is not None else q.shape[-1] ** -0.5, doc_ids=doc_ids)
+        if doc_ids is not None and q.shape[2] > MASK_UP_TO:
+            return _bisected_without_decay(q, k, v, scale=scale, doc_ids=doc_ids)
+        return flash_sdpa(q, k, v, scale=scale, doc_ids=doc_ids)
+
+
+def _bisected_without_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor) -> Tensor:
+    """d_s = 0 leaves the softmax over q·k; documents then need no T×T mask."""
+    heads, none = q.shape[1], q.new_empty(*q.shape[:3], 0)
+    none_kv = k.new_empty(*k.shape[:3], 0)
+    still = none_kv.sum(-1, dtype=work_dtype(q.dtype))
+    lam = still.new_zeros(heads)
+    return sisa_bisected(q, k, v, none, none_kv, still, none_kv, lam, scale=scale, doc_ids_BT=doc_ids, leaf=None)
 
 
 def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def attend_backward(rows: Rows, q: Tensor, k: Tensor, v: Tensor, *, d_v: int, sc
         return Gradients(*products_backward(dout[..., :d_v], q, k, v[..., :d_v], lse, delta, scale=scale))
     dout, q, k, v, out, lse = (x.transpose(0, 1) for x in (dout, q, k, v, out, lse))
     if backend == "cuda_flash":
-        seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # dropout is 0: never read
+        seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
         grads = aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, False, seed, seed[:0],
             scale=scale,

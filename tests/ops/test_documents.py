@@ -105,8 +105,10 @@ def test_nothing_passes_between_documents(dtype, decay, leaf):
             assert (g[:, :, 99] == 0).all(), n
 
 
+@pytest.mark.parametrize("mask_up_to", [0, 1024])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_plain_attention_with_documents(layout):
+def test_plain_attention_with_documents(layout, mask_up_to, monkeypatch):
+    monkeypatch.setattr("sisa_dist.ops.attention.MASK_UP_TO", mask_up_to)
     x = {n: z for n, z in make(T, heads=4, kv_heads=2, d_v=12, dtype=torch.float32).items() if n in "qkv"}
     doc_ids = ids(LAYOUTS[layout], LAYOUTS["edges"])
 
