@@ -101,7 +101,7 @@ def test_top_level_holds_only_what_the_user_named() -> None:
 
 
 def test_ruff_and_mypy_are_clean() -> None:
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+    for command in (["ruff", "check", "--no-cache", "."], ["ruff", "format", "--no-cache", "--check", "."], ["mypy"]):
         import sys
 
         result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from data_pipeline.loader import Batch
 from torch import Tensor
+
+from data_pipeline.loader import Batch
 
 
 @dataclass(frozen=True)

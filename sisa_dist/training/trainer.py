@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from data_pipeline.index import Index
 from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.tokenizer import Tokenizer
-
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity

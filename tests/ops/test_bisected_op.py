@@ -148,26 +148,3 @@ def test_gradients_for_one_input_alone(name):
     alone = {n: z if n == name else z.detach() for n, z in x.items()}
     (got,) = torch.autograd.grad(sisa_attention(**alone).square().sum(), alone[name])
     assert torch.equal(got, wanted[name])
-
-
-@pytest.mark.slow
-def test_bisected_costs_at_most_a_quarter_more_than_the_one_call():
-    """The promise: CPU time forward + backward, interleaved, one thread (spinning threads are counted as work)."""
-    from statistics import median
-    from time import process_time
-
-    def step(**kwargs):
-        start = process_time()
-        torch.autograd.grad(sisa_attention(**x, **kwargs), list(x.values()), cotangent)
-        return process_time() - start
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for T in (4096, 8192):
-            x = make(T, batch=1, heads=4, d_h=64, d_s=32, dtype=torch.float32)
-            cotangent = torch.randn(1, 4, T, 64)
-            ratios = [step(path="bisected") / step(path="single") for _ in range(6)][1:]
-            assert median(ratios) <= 1.25, f"T {T}: {ratios}"
-    finally:
-        torch.set_num_threads(threads)
