@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,9 @@ def test_wandb_offline_mirrors_the_metrics(tiny: RunConfig) -> None:
     training = tiny.training.model_copy(update={"steps": 2})
     folder = train(tiny.model_copy(update={"logging": logging, "training": training}), quiet=True)
     (log,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    assert log.stat().st_size > 0
+    # wandb's own process writes the file and may do so a moment after `finish` returns.
+    deadline = time.monotonic() + 30
+    while b"evaluation/validation_loss" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     content = log.read_bytes()
     assert b"train/loss" in content and b"evaluation/validation_loss" in content
