@@ -89,6 +89,8 @@ class ModelConfig(Section):
             raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
         if self.d_s is not None and "sisa" not in self.layer_mixers:
             raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
+        if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:
+            raise ValueError("log_alpha_min is set but no layer's mixer is sisa: remove log_alpha_min")
         if self.d_s is None and "sisa" in self.layer_mixers:
             raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
         for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):

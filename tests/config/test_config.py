@@ -49,6 +49,11 @@ def test_a_mistake_is_one_line_with_the_remedy(override: str, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_a_decay_bound_without_a_sisa_layer_is_refused() -> None:
+    with pytest.raises(UserError, match="remove log_alpha_min"):
+        load_config(QUICKSTART, ["model.mixer=attention", "model.d_s=null", "model.log_alpha_min=-1.0"])
+
+
 def test_overrides_and_numbers_as_people_write_them() -> None:
     config = load_config(QUICKSTART, ["optimizer.lr=3e-4", "data.input=[a.txt, b.txt]", "training.eval_every=null"])
     assert config.optimizer.lr == 3e-4
