@@ -24,6 +24,16 @@ class AttentionConfig(Section):
 
     path: Literal["auto", "single", "bisected", "dense"] = "auto"
     leaf: PositiveInt | None = None  # tokens of a diagonal block of the bisected path; None: chosen from T
+    backend: Literal[  # kernel of the softmax; auto takes the first that is present and agrees with plain products
+        "auto",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "sdpa_efficient",
+        "flash_attn_2",
+        "flash_attn_4",
+        "cpu_flash",
+        "products",
+    ] = "auto"
 
 
 class ModelConfig(Section):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_dist.config import UserError
+from sisa_dist.ops.backends import causal_call, check_name
 from sisa_dist.ops.bisect import sisa_bisected
 from sisa_dist.ops.masks import document_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
@@ -20,13 +21,20 @@ MASK_UP_TO = 1024
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, doc_ids: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    doc_ids: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal softmax attention.
 
     q `[B, H, T, d]`, k `[B, H_kv, T, d]`, v `[B, H_kv, T, d_v]`, one floating dtype, H_kv divides H (query head h reads
     kv head h // (H / H_kv)). `scale` defaults to 1/√d. `doc_ids` `[B, T]`, integer and non-decreasing along T: a token
-    sees only its own document. Returns `[B, H, T, d_v]` in q's dtype. Raises UserError for shapes that do not fit.
+    sees only its own document. `backend`: one of `ops.backends.NAMES`. Returns `[B, H, T, d_v]` in q's dtype. Raises
+    UserError for shapes that do not fit and for a backend that cannot serve them here.
     """
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or q.shape[::3] != k.shape[::3]:
         raise UserError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
@@ -35,23 +43,42 @@ def causal_attention(
     if doc_ids is not None and doc_ids.shape != (q.shape[0], q.shape[2]):
         raise UserError(f"attention: doc_ids {tuple(doc_ids.shape)} must be [B, T] = {[q.shape[0], q.shape[2]]}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_name(backend, q.device)
     with no_autocast(q.device):
-        if doc_ids is not None and q.shape[2] > MASK_UP_TO:
-            return _bisected_without_decay(q, k, v, scale=scale, doc_ids=doc_ids)
-        return flash_sdpa(q, k, v, scale=scale, doc_ids=doc_ids)
+        if doc_ids is not None and (q.shape[2] > MASK_UP_TO or not _by_sdpa(q, doc_ids, backend)):
+            return _bisected_without_decay(q, k, v, scale=scale, doc_ids=doc_ids, backend=backend)
+        return flash_sdpa(q, k, v, scale=scale, doc_ids=doc_ids, backend=backend)
 
 
-def _bisected_without_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor) -> Tensor:
+def _bisected_without_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor, backend: str) -> Tensor:
     """d_s = 0 leaves the softmax over q·k; documents then need no T×T mask."""
     heads, none = q.shape[1], q.new_empty(*q.shape[:3], 0)
     none_kv = k.new_empty(*k.shape[:3], 0)
     still = none_kv.sum(-1, dtype=work_dtype(q.dtype))
     lam = still.new_zeros(heads)
-    return sisa_bisected(q, k, v, none, none_kv, still, none_kv, lam, scale=scale, doc_ids_BT=doc_ids, leaf=None)
+    inputs = q, k, v, none, none_kv, still, none_kv, lam
+    return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=None, backend=backend)
 
 
-def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor | None) -> Tensor:
-    """SDPA with the narrower of (q, k) and v zero-padded: exact, and only equal widths have a flash kernel."""
+def _by_sdpa(q: Tensor, doc_ids: Tensor | None, backend: str) -> bool:
+    """Whether `F.scaled_dot_product_attention` itself is called: on CPU it is the flash kernel, elsewhere for masks."""
+    if q.device.type == "cpu":
+        return backend in ("auto", "cpu_flash")
+    return backend == "auto" and (doc_ids is not None or q.device.type != "cuda")
+
+
+def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor | None, backend: str) -> Tensor:
+    """One causal call. For SDPA the narrower of (q, k) and v is zero-padded: only equal widths have a CPU flash kernel.
+
+    Raises UserError for documents with a backend asked for by name: only SDPA takes a mask.
+    """
+    if not _by_sdpa(q, doc_ids, backend):
+        if doc_ids is not None:
+            raise UserError(
+                f"attention.backend {backend} takes no document mask in one call: set attention.path to bisected or "
+                "attention.backend to auto"
+            )
+        return causal_call(q, k, v, scale=scale, backend=backend)
     d_qk, d_v = q.shape[-1], v.shape[-1]
     if d_v < d_qk:
         v = F.pad(v, (0, d_qk - d_v))

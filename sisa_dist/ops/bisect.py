@@ -51,10 +51,11 @@ def sisa_bisected(
     scale: float,
     doc_ids_BT: Tensor | None,
     leaf: int | None,
+    backend: str = "auto",
 ) -> Tensor:
     """Shapes as `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype."""
     leaf = min(LEAF if leaf is None else leaf, q.shape[2])
-    return _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids_BT, scale, leaf)[0]
+    return _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids_BT, scale, leaf, backend)[0]
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, leaf: int) -> Shape:
@@ -66,20 +67,22 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, l
     "sisa_dist::bisected",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor log_alpha, Tensor theta, Tensor lam, "
-    "Tensor? doc_ids, float scale, int leaf) -> (Tensor out, Tensor lse, Tensor g, Tensor turns)",
+    "Tensor? doc_ids, float scale, int leaf, str backend='auto') -> (Tensor out, Tensor lse, Tensor g, Tensor turns)",
 )
-def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
+def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
     """out [B,H,T,d_v]; for the backward lse [B,H,T], g [B,H_kv,T] fp64 and the phase in turns [B,H_kv,T,d_s/2]."""
     shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
     with no_autocast(q.device):
         g = decay_sums(log_alpha, work=work)
         turns = phase_turns(theta, None if doc_ids is None else Segments.of(doc_ids).first, work=work)
-        ops = Operands(q, k, v, C, B, g, turn(turns), lam.to(work) / scale, doc_ids, shape, scale=scale)
+        ops = Operands(
+            q, k, v, C, B, g, turn(turns), lam.to(work) / scale, doc_ids, shape, scale=scale, backend=backend
+        )
         out, lse = leaf_forward(ops.leaves(), scale=scale)
         out, lse = out.flatten(1, 2), lse.flatten(1, 2)
         for level in levels(shape.padded, leaf):
             rect = ops.rectangle(level)
-            far_out, far_lse = attend(rect.q, rect.k, rect.v, d_v=shape.d_v, scale=scale)
+            far_out, far_lse = attend(rect.q, rect.k, rect.v, d_v=shape.d_v, scale=scale, backend=backend)
             far_lse = far_lse.to(work)
             if rect.outside is not None:
                 far_lse = far_lse.masked_fill(rect.outside, float("-inf"))
@@ -92,7 +95,7 @@ def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # ty
 
 
 @_bisected.register_fake
-def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # type: ignore[no-untyped-def]
+def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
     work = work_dtype(q.dtype)
     return (
         q.new_empty(*q.shape[:3], v.shape[-1]),
@@ -106,16 +109,16 @@ def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf): 
     "sisa_dist::bisected_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor lam, Tensor? doc_ids, Tensor out, "
-    "Tensor lse, Tensor g, Tensor turns, float scale, int leaf) -> "
+    "Tensor lse, Tensor g, Tensor turns, float scale, int leaf, str backend='auto') -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dC, Tensor dB, Tensor dlog_alpha, Tensor dtheta, Tensor dlam)",
 )
-def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
+def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
     """Gradients in the dtypes of q, k, v, C, B; of log α, θ and λ in fp32 (fp64 where q is)."""
     shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
     T, d_h, d_v = shape.tokens, shape.d_h, shape.d_v
     with no_autocast(q.device):
         unit = turn(turns)
-        ops = Operands(q, k, v, C, B, g, unit, lam.to(work) / scale, doc_ids, shape, scale=scale)
+        ops = Operands(q, k, v, C, B, g, unit, lam.to(work) / scale, doc_ids, shape, scale=scale, backend=backend)
         dout, out = ops.like_v(dout), ops.like_v(out)
         lse = ops.spread(lse[..., None])[..., 0]
         delta = (dout[..., :d_v].to(work) * out[..., :d_v]).sum(-1)
@@ -128,7 +131,7 @@ def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, sc
             if rect.outside is not None:
                 row_lse = row_lse.masked_fill(rect.outside, EXCLUDED)
             of_rows = Rows(level.odd(dout), level.odd(out), row_lse, level.odd(delta))
-            far = attend_backward(of_rows, rect.q, rect.k, rect.v, d_v=d_v, scale=scale)
+            far = attend_backward(of_rows, rect.q, rect.k, rect.v, d_v=d_v, scale=scale, backend=backend)
             level.odd(dq).add_(far.q[..., :d_h])
             level.even(dk).add_(far.k[..., :d_h])
             level.even(dv).add_(far.v[..., :d_v])
@@ -175,28 +178,28 @@ def _through_rotation(
 
 
 @_bisected_backward.register_fake
-def _bisected_backward_fake(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf):  # type: ignore[no-untyped-def]
+def _bisected_backward_fake(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
     work = work_dtype(q.dtype)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, C, B)]
     return *grads, *(torch.empty_like(x, dtype=work) for x in (g, turns, lam))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf = inputs
+    q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend = inputs
     out, lse, g, turns = output
     ctx.save_for_backward(q, k, v, C, B, lam, doc_ids, out, lse, g, turns)
     ctx.mark_non_differentiable(lse, g, turns)
     ctx.set_materialize_grads(False)
-    ctx.rest = scale, leaf, log_alpha.dtype, theta.dtype, lam.dtype
+    ctx.rest = scale, leaf, backend, log_alpha.dtype, theta.dtype, lam.dtype
 
 
 def _autograd(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 11
-    scale, leaf, *dtypes = ctx.rest
-    *grads, dlog_alpha, dtheta, dlam = _bisected_backward(dout, *ctx.saved_tensors, scale, leaf)
+        return (None,) * 12
+    scale, leaf, backend, *dtypes = ctx.rest
+    *grads, dlog_alpha, dtheta, dlam = _bisected_backward(dout, *ctx.saved_tensors, scale, leaf, backend)
     scalars = (x.to(dtype) for x, dtype in zip((dlog_alpha, dtheta, dlam), dtypes, strict=True))
-    return *grads, *scalars, None, None, None
+    return *grads, *scalars, None, None, None, None
 
 
 _bisected.register_autograd(_autograd, setup_context=_setup_context)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sisa_dist.ops.backends import choose
+from sisa_dist.ops.backends import value_width
 from sisa_dist.ops.documents import crossing, mask_value
 from sisa_dist.ops.leaf import Leaves
 from sisa_dist.ops.precision import exp_
@@ -74,11 +74,12 @@ class Operands:
         shape: Shape,
         *,
         scale: float,
+        backend: str,
     ) -> None:
         """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
         self.shape, d_h, d_s = shape, shape.d_h, shape.d_s
         work = turn_BGTm.real.dtype
-        self.v_width = self._v_width(q)
+        self.v_width = self._v_width(q, backend)
         self.q, self.k = (self.spread(x, width=shape.width) for x in (q, k))
         self.v = self.like_v(v)
         self.g = self._hold(g)
@@ -98,15 +99,12 @@ class Operands:
             self.mask_value = mask_value(scale, q.dtype)
             self.q[..., self.mask] = 1
 
-    def _v_width(self, q: Tensor) -> int:
-        """Only flash needs v, out and dout as wide as q̂: where even the largest level goes by products, d_v."""
-        spans = [level.span for level in levels(self.shape.padded, self.shape.leaf)]
-        width, largest = self.shape.width, max(spans, default=0)
-        flash = any(
-            choose(q.device, q.dtype, num_keys=largest, width=width, backward=backward) != "products"
-            for backward in (False, True)
-        )
-        return width if spans and flash else self.shape.d_v
+    def _v_width(self, q: Tensor, backend: str) -> int:
+        """Some kernels need v, out and dout as wide as q̂: where none such serves even the largest level, less."""
+        shape = self.shape
+        largest = max((level.span for level in levels(shape.padded, shape.leaf)), default=0)
+        sizes = {"num_keys": largest, "width": shape.width, "d_v": shape.d_v, "group": shape.group}
+        return value_width(q.device, q.dtype, **sizes, backend=backend)
 
     def like_v(self, x: Tensor) -> Tensor:
         """v, out or dout `[B, H, T, d_v]` → `[B·H, padded, v_width]`, to be read only: no copy where none is needed."""

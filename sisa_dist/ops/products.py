@@ -61,26 +61,37 @@ def score_gradient(prob: Tensor, dout: Tensor, v: Tensor, delta: Tensor) -> Tens
     return torch.bmm(dout, v.mT).sub_(delta).mul_(prob)
 
 
-def products_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def hide_later_(score: Tensor, num_rows: int) -> Tensor:
+    """−inf where key j > query i; score `[n, (M/N)·R, S]`, R = num_rows queries a head."""
+    later = torch.ones(num_rows, score.shape[2], dtype=torch.bool, device=score.device).triu_(1)
+    score.unflatten(1, (-1, num_rows)).masked_fill_(later, float("-inf"))
+    return score
+
+
+def products_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     """q `[M, n, R, D]`, k `[N, n, S, D]`, v `[N, n, S, d_v]` → out `[M, n, R, d_v]`, lse `[M, n, R]`."""
-    M, N = q.shape[0], k.shape[0]
+    M, N, num_rows = q.shape[0], k.shape[0], q.shape[2]
     q, k, v = (widen(fold_heads(x, N)) for x in (q, k, v))
     out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], 1)
     for c in chunks(q.shape[0], q.shape[1] * k.shape[1], q.device):
-        softmax_product_(scaled_bmm(q[c], k[c].mT, scale), v[c], out=out[c], lse=lse[c])
+        score = scaled_bmm(q[c], k[c].mT, scale)
+        if causal:
+            hide_later_(score, num_rows)
+        softmax_product_(score, v[c], out=out[c], lse=lse[c])
     return unfold_heads(out, N, M), unfold_heads(lse, N, M)[..., 0]
 
 
 def products_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, *, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, given lse and δ `[M, n, R]` of the rows' whole softmax."""
-    M, N = q.shape[0], k.shape[0]
+    M, N, num_rows = q.shape[0], k.shape[0], q.shape[2]
     dout, q, k, v = (widen(fold_heads(x, N)) for x in (dout, q, k, v))
     lse, delta = (fold_heads(x[..., None], N) for x in (lse, delta))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for c in chunks(q.shape[0], q.shape[1] * k.shape[1], q.device):
-        prob = exp_(scaled_bmm(q[c], k[c].mT, scale).sub_(lse[c]))
+        score = scaled_bmm(q[c], k[c].mT, scale).sub_(lse[c])
+        prob = exp_(hide_later_(score, num_rows) if causal else score)
         torch.bmm(prob.mT, dout[c], out=dv[c])
         dscore = score_gradient(prob, dout[c], v[c], delta[c])
         scaled_bmm(dscore, k[c], scale, out=dq[c])

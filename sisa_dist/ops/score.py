@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.config import UserError
+from sisa_dist.ops.backends import check_name
 from sisa_dist.ops.bisect import sisa_bisected
 from sisa_dist.ops.dense import sisa_dense
 from sisa_dist.ops.precision import no_autocast
@@ -39,6 +40,7 @@ def sisa_attention(
     path: str = "auto",
     log_alpha_min: float | None = None,
     leaf: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Causal SISA attention (Shin & Yang 2026, section 1).
 
@@ -52,9 +54,12 @@ def sisa_attention(
     `[B, T]` integer, non-decreasing along T: a token sees only its own document. `path`: auto, single, bisected, dense.
     `log_alpha_min`: the caller's promise that log_alpha never falls below it (nats per token), which lets auto use one
     call where it is provably safe. `leaf`: tokens of a diagonal block of the bisected path; None chooses by speed.
+    `backend`: one of `ops.backends.NAMES`, for the one call and for the bisected path's rectangles; its diagonal
+    blocks are always plain products, since no kernel forms their scores.
 
     Returns `[B, H, T, d_v]` in q's dtype. Raises UserError for shapes, dtypes or settings that do not fit.
     """
+    check_name(backend, q.device)
     _check(q, k, v, C, B, log_alpha, theta, lam, doc_ids, path, scale, log_alpha_min, leaf)
     T, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
     if path == "auto":
@@ -63,10 +68,12 @@ def sisa_attention(
     inputs = (q, k, v, C, B, log_alpha, theta, lam)
     with no_autocast(q.device):
         if path == "single":
-            return sisa_single(*inputs, scale=scale, doc_ids_BT=doc_ids)
+            return sisa_single(*inputs, scale=scale, doc_ids_BT=doc_ids, backend=backend)
         if path == "dense":
+            if backend not in ("auto", "products"):
+                raise UserError(f"attention.path dense has no backends: remove attention.backend {backend}")
             return sisa_dense(*inputs, scale=scale, doc_ids_BT=doc_ids)
-        return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=leaf)
+        return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=leaf, backend=backend)
 
 
 def _check(

@@ -27,6 +27,7 @@ def sisa_single(
     *,
     scale: float,
     doc_ids_BT: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
     """One SDPA call over Q̂ = [q ; (λ/scale)·e^{g−c} R(Φ) C] and K̂ = [k ; e^{c−g} R(Φ) B].
 
@@ -45,4 +46,4 @@ def sisa_single(
     C_bar = C_bar * (lam_H.to(work) / scale)[:, None, None]
     q_hat = torch.cat((q_BHTd, C_bar.to(dtype)), dim=-1)
     k_hat = torch.cat((k_BGTd, B_bar.to(dtype)), dim=-1)
-    return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT)
+    return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT, backend=backend)

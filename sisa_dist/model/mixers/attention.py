@@ -12,12 +12,16 @@ from sisa_dist.ops import AttentionCache, causal_attention
 class AttentionScore(nn.Module):
     """The score as a submodule, so that context parallelism can put another in its place."""
 
+    def __init__(self, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.backend = attention.backend
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, doc_ids: Tensor | None, cache: AttentionCache | None
     ) -> Tensor:
         if cache is not None:
             return cache.attend(q, k, v)
-        return causal_attention(q, k, v, doc_ids=doc_ids)
+        return causal_attention(q, k, v, doc_ids=doc_ids, backend=self.backend)
 
 
 class Attention(nn.Module):
@@ -31,7 +35,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(d, config.kv_heads * d_h, bias=False)
         self.wv = nn.Linear(d, config.kv_heads * d_h, bias=False)
         self.wo = nn.Linear(config.n_heads * d_h, d, bias=False)
-        self.score = AttentionScore()
+        self.score = AttentionScore(attention)
 
     @staticmethod
     def new_cache() -> AttentionCache:

@@ -71,6 +71,7 @@ class SisaScore(nn.Module):
     def __init__(self, attention: AttentionConfig, log_alpha_min: float | None) -> None:
         super().__init__()
         self.path, self.leaf, self.log_alpha_min = attention.path, attention.leaf, log_alpha_min
+        self.backend = attention.backend
 
     def forward(self, *qkvCB_log_alpha_theta_lam: Tensor, doc_ids: Tensor | None, cache: SisaCache | None) -> Tensor:
         if cache is not None:
@@ -81,6 +82,7 @@ class SisaScore(nn.Module):
             path=self.path,
             leaf=self.leaf,
             log_alpha_min=self.log_alpha_min,
+            backend=self.backend,
         )
 
 
