@@ -52,6 +52,7 @@ class ModelConfig(Section):
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
     rope_theta: PositiveFloat = 10_000.0
     norm_eps: PositiveFloat = 1e-6
+    qk_norm: bool = False  # RMSNorm over the channels of each head's q and k, before RoPE
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
 
@@ -133,13 +134,31 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    dp: PositiveInt | None = None  # data-parallel ranks; None: every process
+    """How the processes of a launch are dealt out: world size = tp × dp. Changes speed and memory, never the result."""
+
+    tp: PositiveInt = 1  # tensor-parallel ranks: heads, d_ff and the vocabulary are cut into this many slices
+    sequence_parallel: bool = False  # norms and residuals of a tp group hold T / tp tokens each
+    dp: PositiveInt | None = None  # data-parallel ranks; None: every process that tp leaves
+    dp_replicate: PositiveInt = 1  # of them, groups that hold whole copies (HSDP); weights are sharded inside a group
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> ParallelConfig:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel has no effect with tp 1: set tp to 2 or more, or remove it")
+        if self.dp is not None and self.dp % self.dp_replicate:
+            raise ValueError(f"dp_replicate {self.dp_replicate} does not divide dp {self.dp}: set it to a divisor")
+        return self
 
 
 class EngineConfig(Section):
     kind: Literal["fsdp2"] = "fsdp2"
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile, one block at a time
+    reshard_after_forward: bool = True  # false: gathered weights stay from forward to backward; memory for speed
+    cpu_offload: bool = False  # weights, gradients and moments live in host memory, the optimizer runs there
+    prefetch: NonNegativeInt = 0  # blocks gathered ahead of the one that runs; 0: FSDP2's own choice
+    check_every: PositiveInt | None = None  # steps between sanity checks (engine/checks.py); None: never, at no cost
 
 
 class OptimizerConfig(Section):
@@ -240,6 +259,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"schedule.warmup_steps + schedule.decay_steps = {spent} exceed training.steps {self.training.steps}: "
                 f"lower them or set training.steps to at least {spent}"
+            )
+        if self.parallel.sequence_parallel and self.training.seq_len % self.parallel.tp:
+            tp, seq_len = self.parallel.tp, self.training.seq_len
+            raise ValueError(
+                f"parallel.sequence_parallel cuts training.seq_len {seq_len} by tp {tp}, which does not divide it: set "
+                f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")

@@ -1,4 +1,4 @@
-"""The PyTorch engine: FSDP2 over the data axis, one block a group.
+"""The PyTorch engine: FSDP2 over the data axes around tensor-parallel slices.
 
 One process in fp32 has nothing to shard and nothing to cast, so it runs the plain model; everything else, one
 process in bf16 included, goes through `fully_shard`, so that precision means the same at every world size.
@@ -10,18 +10,24 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
+from sisa_dist.engine.checks import check_step
+from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
+from sisa_dist.engine.shard import shard
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.model.loss import IGNORE
+from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.parallel.storage import as_global
 
 
 class FSDP2Engine:
@@ -30,14 +36,19 @@ class FSDP2Engine:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.mesh, self.dp_rank, self.dp_size = mesh, mesh.dp_rank, mesh.dp_size
         self.grad_clip = config.optimizer.grad_clip
+        self.check_every = config.engine.check_every
+        self.step_number = 0
         with torch.device("meta"):
             self.model = build_model(config.model, attention=config.attention)
-        if mesh.dp_size > 1 or config.engine.precision == "bf16":
-            _shard(self.model, mesh, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
-        self.model.to_empty(device=mesh.device)
-        init_parameters(self.model, seed=config.seed, std=config.model.init_std)
+        self.slices = apply_plan(self.model, mesh)
         for block in self.model.blocks:
             block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+            if config.engine.compile:
+                block.compile()
+        if mesh.world_size > 1 or config.engine.precision == "bf16" or config.engine.cpu_offload:
+            shard(self.model, mesh, config.engine)
+        self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)
+        init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global)
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
@@ -49,9 +60,13 @@ class FSDP2Engine:
         for number, batch in enumerate(micro_batches, start=1):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(micro_batches))
-            loss, _ = self.model(*self._inputs(batch.tokens, batch.labels), doc_ids_BT=self._move(batch.doc_ids))
+            inputs = self._move(batch.tokens), self._move(batch.labels)
+            loss, _ = self.model(*inputs, doc_ids_BT=self._move(batch.doc_ids))
             (loss * scale).backward()
             loss_sum += loss.detach()
+        self.step_number += 1
+        if self.check_every and self.step_number % self.check_every == 0:
+            check_step(self.model, self.slices, self.mesh, step=self.step_number)
         grad_norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -61,14 +76,22 @@ class FSDP2Engine:
         return StepResult(loss_mean.item(), grad_norm.item(), int(count.item()))
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        length = tokens_BT.shape[1]
+        # Sequence parallelism cuts T evenly. Padding stands behind every real token, so none sees it.
+        padding = -length % (self.mesh.tp_size if self.mesh.sequence_parallel else 1)
+        if padding:
+            tokens_BT, labels_BT = F.pad(tokens_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE)
+            doc_ids_BT = (
+                None if doc_ids_BT is None else torch.cat((doc_ids_BT, doc_ids_BT[:, -1:].expand(-1, padding)), 1)
+            )
         with torch.no_grad():
             log_prob_BT, is_argmax_BT = self.model(
-                *self._inputs(tokens_BT, labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
+                self._move(tokens_BT), self._move(labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
             )
         # The root keeps its parameters gathered for a backward; here none comes, and state_tensors needs the shards.
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
-        return log_prob_BT.cpu(), is_argmax_BT.cpu()
+        return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
 
     def sum_over_dp(self, values: list[float]) -> list[float]:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
@@ -76,53 +99,44 @@ class FSDP2Engine:
     def state_tensors(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = parameter.detach()
+            state[f"model.{name}"] = self._as_global(name, parameter)
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+                state[f"{moment}.{name}"] = self._as_global(name, self.optimizer.state[parameter][moment])
         return state
 
     def set_step(self, step: int) -> None:
+        self.step_number = step
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
-        lambdas: list[float | None] = []
-        half_lives: list[float | None] = []
-        for block in self.model.blocks:
-            found: dict[str, Tensor] = getattr(block.mixer, "statistics", dict)()
-            lam, log_alpha = found.get("lambda"), found.get("mean_log_alpha")
-            lambdas.append(None if lam is None else _full(lam).mean().item())
-            if log_alpha is None:
-                half_lives.append(None)
-            else:
-                (total,) = self.sum_over_dp([log_alpha.item()])
-                half_lives.append(math.log(2) / max(-total / self.dp_size, 1e-30))
+        # Means over heads: every tp rank has as many heads, every data rank as many tokens.
+        means: list[Tensor] = []
+        found: list[dict[str, Tensor]] = [getattr(block.mixer, "statistics", dict)() for block in self.model.blocks]
+        for key in ("lambda", "mean_log_alpha"):
+            means += [_full(layer[key]).double().mean().to(self.mesh.device) for layer in found if key in layer]
+        if means:
+            total = self.mesh.sum_over(torch.stack(means), "tp", "dp_shard", "dp_replicate") / self.mesh.world_size
+            means = list(total.unbind())
+        values = iter(means)
+        lambdas = [next(values).item() if "lambda" in layer else None for layer in found]
+        half_lives = [
+            math.log(2) / max(-next(values).item(), 1e-30) if "mean_log_alpha" in layer else None for layer in found
+        ]
         return {"lambda": lambdas, "half_life": half_lives}
 
     def _clip(self) -> Tensor:
-        parameters = list(self.model.parameters())
-        norm = _full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
+        norm = global_norm([(p.grad, self.slices[name]) for name, p in named], self.mesh)  # type: ignore[misc]
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_([p for _, p in named], self.grad_clip, norm)
         return norm
 
-    def _inputs(self, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        return tokens_BT.to(self.mesh.device), labels_BT.to(self.mesh.device)
+    def _as_global(self, name: str, stored: Tensor) -> Tensor:
+        return as_global(stored, self.slices[name], self.mesh)
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.mesh.device)
-
-
-def _shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
-    # Inputs are never cast: the embedding's output already has the compute dtype, and RoPE tables stay fp32.
-    compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:  # type: ignore[union-attr]
-        small = [module for module in block.modules() if getattr(module, "fp32_in_forward", False)]
-        fully_shard(small, mesh=mesh.device_mesh, mp_policy=exact)
-        fully_shard(block, mesh=mesh.device_mesh, mp_policy=compute)
-    fully_shard(model.norm, mesh=mesh.device_mesh, mp_policy=exact)  # type: ignore[arg-type]
-    fully_shard(model, mesh=mesh.device_mesh, mp_policy=compute)
+        return None if tensor is None else tensor.to(self.mesh.device, non_blocking=True)
 
 
 def _full(tensor: Tensor) -> Tensor:

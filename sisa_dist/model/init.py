@@ -8,6 +8,7 @@ generator of their own (numpy's streams are the same on every platform), so a sl
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,8 +48,12 @@ class Normal:
         return out * np.float32(self.std)
 
 
-def init_parameters(model: nn.Module, *, seed: int, std: float) -> None:
+def init_parameters(
+    model: nn.Module, *, seed: int, std: float, view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored
+) -> None:
     """Fill every parameter in place, plain or DTensor (then only this rank's part).
+
+    `view(name, stored)` presents a stored parameter as its global tensor where it is a part of one.
 
     A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
     """
@@ -59,7 +64,7 @@ def init_parameters(model: nn.Module, *, seed: int, std: float) -> None:
                 if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):
                     raise AssertionError(f"{module_name}.{name} has no initial value: add it to init_rules")
                 full_name = f"{module_name}.{name}" if module_name else name
-                _fill(parameter, rules.get(name, Normal(std)), _key(seed, full_name))
+                _fill(view(full_name, parameter), rules.get(name, Normal(std)), _key(seed, full_name))
 
 
 def _fill(parameter: Tensor, rule: Init, key: bytes) -> None:

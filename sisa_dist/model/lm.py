@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.block import Block
+from sisa_dist.model.head import Head
 from sisa_dist.model.init import init_parameters
-from sisa_dist.model.loss import IGNORE, cross_entropy_sum, score_targets
 from sisa_dist.model.norm import RMSNorm
-from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import rope_tables
 from sisa_dist.ops import AttentionCache, SisaCache
 
@@ -20,7 +18,7 @@ Cache = list[AttentionCache | SisaCache]
 class LM(nn.Module):
     """Decoder-only language model over token ids.
 
-    forward(tokens, labels) → (loss sum, count), because a loss formed outside forward meets sharded parameters;
+    forward(tokens, labels) → (loss sum, count);
     forward(tokens, labels, per_token=True) → (log-probability, is-argmax) of each label;
     forward(tokens) → logits [B, T, vocab_size] fp32 (padding columns cut off), or of the last position only.
     """
@@ -31,8 +29,7 @@ class LM(nn.Module):
         self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.head = Head(config)
 
     def forward(
         self,
@@ -59,15 +56,8 @@ class LM(nn.Module):
             h_BTD = block(h_BTD, rope, doc_ids_BT, cache[layer] if cache else None)
         if last_only:
             h_BTD = h_BTD[:, -1:]
-        h_BTD = self.norm(h_BTD)
-        weight_VD = self.embed.weight if config.tie_embeddings else self.head.weight
-        if labels_BT is None:
-            return at_least_fp32(F.linear(h_BTD, weight_VD)[..., : config.vocab_size])
-        flat = (h_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
-        if per_token:
-            log_prob_N, is_argmax_N = score_targets(*flat, vocab_size=config.vocab_size)
-            return log_prob_N.view_as(labels_BT), is_argmax_N.view_as(labels_BT)
-        return cross_entropy_sum(*flat, vocab_size=config.vocab_size), (labels_BT != IGNORE).sum()
+        weight_VD = self.embed.weight if config.tie_embeddings else None
+        return self.head(self.norm(h_BTD), weight_VD, labels_BT, per_token=per_token)
 
     def new_cache(self) -> Cache:
         """An empty decode cache, one entry per layer."""

@@ -7,9 +7,11 @@ scales it), so the backward needs no second matmul with the head: three matmuls 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_dist.model.precision import at_least_fp32
@@ -19,49 +21,80 @@ IGNORE = -100  # a label that does not count
 _CHUNK_ELEMENTS = 1 << 22  # logits alive at once: 16 MB in fp32, stays in cache on a CPU and is small on a GPU
 
 
-def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, vocab_size: int) -> Tensor:
-    """Σ −log softmax(h·Wᵀ)[label] over labels ≠ IGNORE, fp32 scalar; columns from vocab_size on are padding.
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which columns the weight's rows stand for, and how columns held elsewhere join in: here all are held.
 
-    h [N, D] and weight [V, D] of one dtype, labels [N] int64.
+    Columns from `size` on are padding. `first` is the column of the weight's first row. Tensor parallelism puts a
+    subclass with a slice of the vocabulary in its place.
     """
-    return _CrossEntropySum.apply(h_ND, weight_VD, labels_N, vocab_size)
+
+    size: int
+    first: int = 0
+
+    def over_all(self, lse_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over, and logit at, the columns of this slice (−inf where not here) → over all columns."""
+        return lse_N, picked_N
+
+    def argmax(self, logits_NV: Tensor) -> Tensor:
+        """The column of the largest logit of all, the first of equals."""
+        return logits_NV.argmax(1) + self.first
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """All columns [..., V] of logits that hold this slice of them."""
+        return logits
 
 
-def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, vocab_size: int) -> tuple[Tensor, Tensor]:
+def all_logits(h_BTD: Tensor, weight_VD: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """h · Wᵀ, [B, T, vocabulary.size] fp32, padding cut off. For decoding: it holds the whole logits."""
+    return at_least_fp32(vocabulary.whole(F.linear(h_BTD, weight_VD))[..., : vocabulary.size])
+
+
+def cross_entropy_sum(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Σ −log softmax(h·Wᵀ)[label] over labels ≠ IGNORE, fp32 scalar.
+
+    h [N, D] and weight [V, D] of one dtype, labels [N] int64. With a slice of the vocabulary the gradient of h is the
+    slice's part of it: the sum over slices is left to whoever cut it.
+    """
+    return _CrossEntropySum.apply(h_ND, weight_VD, labels_N, vocabulary)
+
+
+def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
     """(log-probability [N] fp32, is-argmax [N] bool) of each label; IGNORE gives (0, True). No gradient."""
     log_prob_N = torch.zeros(labels_N.shape, dtype=torch.float32, device=h_ND.device)
     is_argmax_N = torch.ones(labels_N.shape, dtype=torch.bool, device=h_ND.device)
     with torch.no_grad():
         for rows in _chunks(h_ND.shape[0], weight_VD.shape[0]):
-            logits_NV = _logits(h_ND[rows], weight_VD, vocab_size)
+            logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
-            picked_N = logits_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]
-            log_prob_N[rows] = torch.where(valid_N, picked_N - logits_NV.logsumexp(1), 0.0).float()
-            is_argmax_N[rows] = ~valid_N | (logits_NV.argmax(1) == label_N)
+            index_N, here_N = _here(label_N, logits_NV.shape[1], vocabulary)
+            lse_N, picked_N = vocabulary.over_all(logits_NV.logsumexp(1), _pick(logits_NV, index_N, here_N))
+            log_prob_N[rows] = torch.where(valid_N, picked_N - lse_N, 0.0).float()
+            is_argmax_N[rows] = ~valid_N | (vocabulary.argmax(logits_NV) == label_N)
     return log_prob_N, is_argmax_N
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocab_size: int) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocabulary: Vocabulary) -> Tensor:
         loss = torch.zeros((), dtype=at_least_fp32(h_ND.new_empty(0)).dtype, device=h_ND.device)
         want_h, want_weight = ctx.needs_input_grad[:2]
         dh_ND = torch.empty_like(h_ND) if want_h else None
         # fp32: a bf16 sum over many chunks would lose the small ones.
         dweight_VD = torch.zeros_like(weight_VD, dtype=loss.dtype) if want_weight else None
         for rows in _chunks(h_ND.shape[0], weight_VD.shape[0]):
-            logits_NV = _logits(h_ND[rows], weight_VD, vocab_size)
+            logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
-            index_N1 = label_N.clamp(min=0)[:, None]
-            lse_N = logits_NV.logsumexp(1)
-            loss += torch.where(valid_N, lse_N - logits_NV.gather(1, index_N1)[:, 0], 0.0).sum()
+            index_N, here_N = _here(label_N, logits_NV.shape[1], vocabulary)
+            lse_N, picked_N = vocabulary.over_all(logits_NV.logsumexp(1), _pick(logits_NV, index_N, here_N))
+            loss += torch.where(valid_N, lse_N - picked_N, 0.0).sum()
             if dh_ND is None and dweight_VD is None:
                 continue
             # softmax − one-hot, in the logits' own memory; rows of ignored labels are 0.
             grad_NV = logits_NV.sub_(lse_N[:, None]).exp_()
-            grad_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1.0, dtype=grad_NV.dtype))
+            grad_NV.scatter_add_(1, index_N[:, None], -here_N[:, None].to(grad_NV.dtype))
             grad_NV = grad_NV.mul_(valid_N[:, None]).to(h_ND.dtype)
             if dh_ND is not None:
                 torch.mm(grad_NV, weight_VD, out=dh_ND[rows])
@@ -81,11 +114,23 @@ class _CrossEntropySum(torch.autograd.Function):
         return dh_ND, dweight_VD, None, None
 
 
-def _logits(h_ND: Tensor, weight_VD: Tensor, vocab_size: int) -> Tensor:
+def _logits(h_ND: Tensor, weight_VD: Tensor, vocabulary: Vocabulary) -> Tensor:
     logits_NV = at_least_fp32(h_ND @ weight_VD.t())
-    if vocab_size < weight_VD.shape[0]:
-        logits_NV[:, vocab_size:] = float("-inf")
+    padding = max(0, vocabulary.size - vocabulary.first)
+    if padding < weight_VD.shape[0]:
+        logits_NV[:, padding:] = float("-inf")
     return logits_NV
+
+
+def _here(label_N: Tensor, width: int, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """(a column of this slice that is safe to index, whether it is the label's)."""
+    local_N = label_N - vocabulary.first
+    here_N = (local_N >= 0) & (local_N < width)
+    return local_N.clamp(0, width - 1), here_N
+
+
+def _pick(logits_NV: Tensor, index_N: Tensor, here_N: Tensor) -> Tensor:
+    return logits_NV.gather(1, index_N[:, None])[:, 0].masked_fill(~here_N, float("-inf"))
 
 
 def _chunks(num_tokens: int, vocab: int) -> list[slice]:

@@ -25,4 +25,5 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A bf16 gain of 1.0011 is 1.0: the gain stays fp32 and the product is rounded once, at the end.
-        return F.rms_norm(at_least_fp32(x), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        weight = self.weight
+        return F.rms_norm(at_least_fp32(x), weight.shape, weight, self.eps).to(x.dtype)

@@ -1,4 +1,9 @@
-"""The processes of a run, their device and their axes. One place for rank arithmetic; no global state of ours."""
+"""The processes of a run, their device and their axes. One place for rank arithmetic; no global state of ours.
+
+Ranks are numbered with tp innermost, so that a tensor-parallel group stands on one host, then dp_shard, then
+dp_replicate. The device mesh lists tp *before* dp_shard: a parameter is cut by tp first and its slice by FSDP, and in
+that order both cuts are plain shards, also when they fall on one dimension.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +16,104 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from sisa_dist.config import ParallelConfig, UserError
 
+AXES = ("dp_replicate", "tp", "dp_shard")
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process's place. `device_mesh` has one axis, dp."""
+    """This process's place. `device_mesh` has the axes dp_replicate, tp, dp_shard, each of at least one rank.
+
+    A data rank (`dp_rank` of `dp_size`) is a place on dp_replicate × dp_shard; the ranks of one tp group share it,
+    and with it their data. Under sequence parallelism the tp group also shares out the sequence.
+    """
 
     device: torch.device
-    dp_rank: int
-    dp_size: int
     device_mesh: DeviceMesh
+    sequence_parallel: bool = False
+
+    @property
+    def tp_rank(self) -> int:
+        return self.device_mesh.get_local_rank("tp")
+
+    @property
+    def tp_size(self) -> int:
+        return self.size("tp")
+
+    @property
+    def dp_rank(self) -> int:
+        return self.device_mesh.get_local_rank("dp_replicate") * self.size(
+            "dp_shard"
+        ) + self.device_mesh.get_local_rank("dp_shard")
+
+    @property
+    def dp_size(self) -> int:
+        return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def world_size(self) -> int:
+        return self.device_mesh.size()
 
     @property
     def is_main(self) -> bool:
-        return self.dp_rank == 0
+        return dist.get_rank() == 0
 
-    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over data ranks, on every rank; the argument is left as it is."""
+    def size(self, axis: str) -> int:
+        return self.device_mesh.size(AXES.index(axis))
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        return self.device_mesh.get_group(axis)
+
+    def sum_over(self, tensor: torch.Tensor, *axes: str) -> torch.Tensor:
+        """The sum over the ranks of `axes`, on every rank; the argument is left as it is."""
         total = tensor.detach().clone()
-        if self.dp_size > 1:
-            dist.all_reduce(total, group=self.device_mesh.get_group("dp"))
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(total, group=self.group(axis))
         return total
 
+    def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.sum_over(tensor, "dp_shard", "dp_replicate")
+
     def barrier(self) -> None:
-        if self.dp_size > 1:
-            dist.barrier(group=self.device_mesh.get_group("dp"))
+        if self.world_size > 1:
+            dist.barrier()
 
 
 def init_mesh(parallel: ParallelConfig, *, device: str = "auto") -> Mesh:
     """The mesh of this launch: one process, or what torchrun put into RANK and WORLD_SIZE.
 
     One process gets a group of its own too, so that nothing above needs a second path. May be called again.
-    Raises UserError where parallel.dp or device do not fit the launch.
+    Raises UserError where parallel or device do not fit the launch.
     """
     chosen = _device(device)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel.dp is not None and parallel.dp != world_size:
-        raise UserError(
-            f"parallel.dp is {parallel.dp} but {world_size} process(es) were launched: launch with "
-            f"torchrun --nproc-per-node {parallel.dp}, or set parallel.dp to {world_size} or null"
-        )
+    replicate, shard, tp = _sizes(parallel, world_size)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         if world_size > 1:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    device_mesh = dist.init_device_mesh(chosen.type, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    return Mesh(chosen, device_mesh.get_local_rank("dp"), device_mesh.size(), device_mesh)
+    ranks = torch.arange(world_size).view(replicate, shard, tp).permute(0, 2, 1)
+    device_mesh = DeviceMesh(chosen.type, ranks, mesh_dim_names=AXES)
+    return Mesh(chosen, device_mesh, parallel.sequence_parallel)
+
+
+def _sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
+    """(dp_replicate, dp_shard, tp) of `world_size` processes."""
+    tp, replicate = parallel.tp, parallel.dp_replicate
+    wanted = tp * (parallel.dp or replicate)
+    if parallel.dp is not None and wanted != world_size:
+        raise UserError(
+            f"parallel.tp × parallel.dp = {tp} × {parallel.dp} but {world_size} process(es) were launched: launch with "
+            f"torchrun --nproc-per-node {wanted}, or change parallel.dp (null takes every process that is left)"
+        )
+    if world_size % (tp * replicate):
+        raise UserError(
+            f"parallel.tp × parallel.dp_replicate = {tp} × {replicate} does not divide the {world_size} process(es) "
+            f"launched: launch a multiple of {tp * replicate}, or lower them"
+        )
+    return replicate, world_size // (tp * replicate), tp
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from sisa_dist.config import load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
 from sisa_dist.parallel.mesh import init_mesh
+from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.checkpoint import find_checkpoint, load_checkpoint
 from sisa_dist.training.trainer import open_data
 
@@ -22,6 +23,7 @@ def evaluate_checkpoint(
     """(results, JSON path). `run` is a run or checkpoint folder; overrides apply to the config stored in it."""
     checkpoint = find_checkpoint(run)
     config = load_config(checkpoint / "config.yaml", overrides)
+    check_tp(config.model, config.parallel.tp)
     mesh = init_mesh(config.parallel, device=config.device)
     data = open_data(config)
     engine = build_engine(config, mesh)

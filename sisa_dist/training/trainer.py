@@ -16,6 +16,7 @@ from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh, init_mesh
+from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
@@ -56,6 +57,7 @@ def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = Fals
     Returns the run folder. Collective over the processes of the launch. `accept_changes` continues a run whose
     config was changed in keys that alter the result.
     """
+    check_tp(config.model, config.parallel.tp)
     mesh = init_mesh(config.parallel, device=config.device)
     data = open_data(config)
     run_folder = Path(config.output_dir)
@@ -152,9 +154,9 @@ class _Reporter:
     def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, quiet: bool) -> None:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._device = mesh.device
-        self._peak = peak_flops(mesh.device, dtype) * mesh.dp_size
-        if mesh.device.type == "cpu" and mesh.dp_size > 1:
-            self._peak /= mesh.dp_size  # ranks of one host share its cores
+        self._peak = peak_flops(mesh.device, dtype)
+        if mesh.device.type != "cpu":  # ranks of one host share its cores
+            self._peak *= mesh.world_size
         self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
         self._metrics = Metrics(run_folder, config)
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)

@@ -137,7 +137,7 @@ def test_torchrun_trains_and_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert [row[0] for row in losses(tmp_path / "run")] == [1, 2]
-    with pytest.raises(UserError, match=r"parallel\.dp is 3 but 1 process"):
+    with pytest.raises(UserError, match=r"parallel\.dp = 1 × 3 but 1 process"):
         train(_with(tiny, tmp_path / "x", parallel={"dp": 3}), quiet=True)
     refused = subprocess.run(
         [*command, "--set", "training.global_batch_tokens=192", "--set", f"output_dir={tmp_path / 'y'}"],

@@ -12,7 +12,7 @@ from sisa_dist.config import ModelConfig
 from sisa_dist.model import LM, build_model, generate
 from sisa_dist.model import loss as loss_module
 from sisa_dist.model.init import Normal, _key
-from sisa_dist.model.loss import cross_entropy_sum, score_targets
+from sisa_dist.model.loss import Vocabulary, cross_entropy_sum, score_targets
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -29,6 +29,7 @@ VARIANTS = {
     "mixed": {"mixer": ["sisa", "attention"], "d_s": [16, 0]},
     "heterogeneous": {"d_s": [4, 16]},
     "untied_bounded": {"tie_embeddings": False, "log_alpha_min": -0.5},
+    "qk_norm": {"mixer": ["sisa", "attention"], "d_s": [8, 0], "qk_norm": True},
 }
 
 
@@ -77,7 +78,7 @@ def test_chunked_loss_equals_the_whole_one_whatever_the_chunk(
     for elements in (64 * 7, 64 * 100):
         monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", elements)
         hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss = cross_entropy_sum(hh, ww, labels, vocab_size=61)
+        loss = cross_entropy_sum(hh, ww, labels, Vocabulary(61))
         (loss * 0.25).backward()
         results.append((loss.detach(), hh.grad, ww.grad))
     hh, ww = h.float().requires_grad_(), w.float().requires_grad_()
@@ -112,7 +113,7 @@ def test_scores_are_log_softmax_and_argmax() -> None:
     h, w, labels = torch.randn(9, 8), torch.randn(16, 8), torch.tensor([0, 1, 2, 3, 4, 5, 6, -100, 7])
     logits = (h @ w.t())[:, :11]
     labels[0] = logits[0].argmax()
-    log_prob, is_argmax = score_targets(h, w, labels, vocab_size=11)
+    log_prob, is_argmax = score_targets(h, w, labels, Vocabulary(11))
     expected = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     expected[7] = 0
     torch.testing.assert_close(log_prob, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import AttentionCache, causal_attention
 
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(d, config.kv_heads * d_h, bias=False)
         self.wv = nn.Linear(d, config.kv_heads * d_h, bias=False)
         self.wo = nn.Linear(config.n_heads * d_h, d, bias=False)
+        self.q_norm, self.k_norm = qk_norms(config)
         self.score = AttentionScore(attention)
 
     @staticmethod
@@ -44,11 +46,19 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: AttentionCache | None = None
     ) -> Tensor:
-        q_BHTK = apply_rope(split_heads(self.wq(x_BTD), self.head_dim), rope)
-        k_BHTK = apply_rope(split_heads(self.wk(x_BTD), self.head_dim), rope)
+        q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
+        k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
         return self.wo(merge_heads(y_BHTK))
+
+
+def qk_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The norms of each head's q and k, one gain shared by all heads (Dehghani et al. 2023); identities without."""
+    if not config.qk_norm:
+        return nn.Identity(), nn.Identity()
+    d_h = config.width_per_head
+    return RMSNorm(d_h, eps=config.norm_eps), RMSNorm(d_h, eps=config.norm_eps)
 
 
 def split_heads(x_BTD: Tensor, width: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.init import Constant, Init, Normal
-from sisa_dist.model.mixers.attention import merge_heads, split_heads
+from sisa_dist.model.mixers.attention import merge_heads, qk_norms, split_heads
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import SisaCache, sisa_attention
@@ -104,6 +104,7 @@ class SISA(nn.Module):
         self.decay = Decay(d, n_kv_heads, log_alpha_min=config.log_alpha_min, std=config.init_std)
         self.importance = Importance(n_heads)
         self.wo = nn.Linear(n_heads * d_h, d, bias=False)
+        self.q_norm, self.k_norm = qk_norms(config)
         self.score = SisaScore(attention, config.log_alpha_min)
 
     @staticmethod
@@ -120,8 +121,8 @@ class SISA(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: SisaCache | None = None
     ) -> Tensor:
-        q_BHTK = apply_rope(split_heads(self.wq(x_BTD), self.head_dim), rope)
-        k_BHTK = apply_rope(split_heads(self.wk(x_BTD), self.head_dim), rope)
+        q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
+        k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         C_BHTS = split_heads(self.wc(x_BTD), self.d_s)
         B_BHTS = split_heads(self.wb(x_BTD), self.d_s)

@@ -1,0 +1,32 @@
+"""The global gradient norm over ranks that hold different parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sisa_dist.parallel.apply import Slice
+from sisa_dist.parallel.mesh import Mesh
+
+
+def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh) -> Tensor:
+    """L2 norm of all gradients as one vector, fp32 scalar on `mesh.device`, equal on every rank. Collective.
+
+    A gradient cut by tp is summed over tp and FSDP's axis; one that every tp rank holds whole over FSDP's axis alone,
+    or it would count tp times.
+    """
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for grad, part in grads:
+        parts[part.tp_dim is not None].append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    squares = torch.stack([_square(parts[True], mesh.device), _square(parts[False], mesh.device)])
+    cut, whole = mesh.sum_over(squares, "dp_shard").unbind()
+    return (mesh.sum_over(cut, "tp") + whole).sqrt().float()
+
+
+def _square(grads: list[Tensor], device: torch.device) -> Tensor:
+    # Squares in fp64: a norm of 1e-25 or 1e25 must not vanish or overflow on its way to being summed.
+    norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
+    return norm.to(device, torch.float64).square()

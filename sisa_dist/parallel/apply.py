@@ -1,0 +1,112 @@
+"""Cuts a model for tensor parallelism as the plan says. Storage, masters and optimizer are the engine's affair.
+
+After `apply_plan` each parameter is a plain tensor with this rank's slice, and the model's own code runs unchanged on
+fewer heads, columns and rows: `nn.Linear`, per-head parameters and `view(B, T, -1, head_dim)` never know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sisa_dist.model import LM
+from sisa_dist.parallel.layers import (
+    Border,
+    VocabularyEmbedding,
+    VocabularySlice,
+    enter_before,
+    leave_after,
+    sum_gradients,
+)
+from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.parallel.plan import PLAN, REGIONS, Split, check_tp, split_of
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a rank holds of one parameter: the one truth about its split, from which everything else derives.
+
+    `tp_dim` None: all of it. `tp_grad` partial: each rank's gradient is its part of a sum over tp, which reading the
+    parameter through `copy` completes. `shape` is the global one.
+    """
+
+    tp_dim: int | None
+    tp_grad: Literal["full", "partial"]
+    shape: torch.Size
+
+    def of(self, rank: int, size: int) -> tuple[slice, ...]:
+        """The index of rank `rank`'s slice, of `size` ranks, in the global tensor."""
+        index = [slice(None)] * len(self.shape)
+        if self.tp_dim is not None:
+            width = self.shape[self.tp_dim] // size
+            index[self.tp_dim] = slice(rank * width, (rank + 1) * width)
+        return tuple(index)
+
+
+def apply_plan(model: LM, mesh: Mesh, *, plan: Mapping[str, Split] = PLAN) -> dict[str, Slice]:
+    """Cut `model`, built on the meta device, for this rank of `mesh`; the slice of every parameter by its full name.
+
+    Raises UserError where tp does not divide what the plan deals out, AssertionError where a parameter has no line.
+    """
+    config, tp = model.config, mesh.tp_size
+    check_tp(config, tp)
+    splits = {name: split_of(name, dict(plan)) for name, _ in model.named_parameters()}
+    slices = {name: _slice(model, name, split, mesh) for name, split in splits.items()}
+    if tp == 1:
+        return slices
+    border = Border(mesh.group("tp"), mesh.sequence_parallel)
+    for name, split in splits.items():
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        parameter = module._parameters[leaf]
+        assert parameter is not None and parameter.is_meta, f"{name}: cut a model on the meta device"
+        shape = list(slices[name].shape)
+        if slices[name].tp_dim is not None:
+            shape[slices[name].tp_dim] //= tp  # type: ignore[index]
+        module._parameters[leaf] = nn.Parameter(parameter.new_empty(shape))
+        if slices[name].tp_grad == "partial":
+            sum_gradients(module, leaf, border.group, rows=_own_rows(model, name, split, mesh))
+        if split.kind == "row":
+            leave_after(module, border)
+        if split.kind == "vocab" and isinstance(module, nn.Embedding):
+            _cut_embedding(module, mesh, border)
+    for name, region in model.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in REGIONS):
+            enter_before(region, border)
+    width = config.padded_vocab_size // tp
+    model.head.vocabulary = VocabularySlice(config.vocab_size, mesh.tp_rank * width, border.group)
+    return slices
+
+
+def _slice(model: LM, name: str, split: Split, mesh: Mesh) -> Slice:
+    shape = model.get_parameter(name).shape
+    if split.kind == "replicated":
+        return Slice(None, "partial" if mesh.sequence_parallel else "full", shape)
+    if split.kind == "shared" or _held_whole(model, split, mesh):
+        return Slice(None, "partial" if mesh.tp_size > 1 else "full", shape)
+    return Slice(1 if split.kind == "row" else 0, "full", shape)
+
+
+def _held_whole(model: LM, split: Split, mesh: Mesh) -> bool:
+    return split.over == "kv_heads" and model.config.kv_heads % mesh.tp_size != 0
+
+
+def _own_rows(model: LM, name: str, split: Split, mesh: Mesh) -> tuple[int, int] | None:
+    """Of a parameter of kv heads that is held whole, the rows of the one head that this rank's queries read."""
+    if not _held_whole(model, split, mesh):
+        return None
+    n_kv_heads = model.config.kv_heads
+    width = model.get_parameter(name).shape[0] // n_kv_heads
+    head = mesh.tp_rank * n_kv_heads // mesh.tp_size
+    return head * width, (head + 1) * width
+
+
+def _cut_embedding(module: nn.Embedding, mesh: Mesh, border: Border) -> None:
+    module.__class__ = VocabularyEmbedding
+    assert isinstance(module, VocabularyEmbedding)
+    module.num_embeddings //= mesh.tp_size
+    module.first, module.border = mesh.tp_rank * module.num_embeddings, border

@@ -1,0 +1,112 @@
+"""The four collectives of tensor parallelism as autograd functions: copy, reduce, gather, scatter.
+
+Each is the other's transpose (Shoeybi et al. 2019, f and g; Korthikanti et al. 2022, g and ḡ for sequences):
+
+    copy      forward identity                backward all-reduce
+    reduce    forward all-reduce              backward identity
+    gather    forward all-gather              backward reduce-scatter      along the sequence
+    scatter   forward reduce-scatter          backward all-gather          along the sequence
+
+With one rank in the group they are the identity. Tensors are made contiguous before they are sent: gloo sends the
+storage of a strided tensor in memory order, without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed both; 2.11 has the old names only.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+SEQUENCE = 1  # the dimension of [B, T, …] that sequence parallelism shards
+
+
+def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Into a region where each rank computes with its own slice: x on every rank, its gradients summed."""
+    return x if group.size() == 1 else _Copy.apply(x, group)
+
+
+def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Out of such a region: the sum of the ranks' partial results, on every rank."""
+    return x if group.size() == 1 else _Reduce.apply(x, group)
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[B, T/tp, …] of each rank → the whole [B, T, …]; gradients are summed and cut again."""
+    return x if group.size() == 1 else _Gather.apply(x, group)
+
+
+def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial results [B, T, …] → this rank's [B, T/tp, …] of their sum."""
+    return x if group.size() == 1 else _Scatter.apply(x, group)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return reduce_scatter(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_gather(grad, ctx.group), None
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the group as a new tensor: the argument may be needed by another node of the graph."""
+    total = x.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> Tensor:
+    """The ranks' tensors, of one shape, side by side along `dim`."""
+    x = x.contiguous()
+    parts = x.new_empty(group.size(), *x.shape)
+    _all_gather_single(parts.flatten(), x.flatten(), group=group)  # gloo refuses an extra leading dim
+    return parts.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> Tensor:
+    """This rank's part, along `dim`, of the sum over the group. The group's size divides that dimension."""
+    parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
+    mine = torch.empty_like(parts[0])
+    _reduce_scatter_single(mine.flatten(), parts.flatten(), group=group)
+    return mine

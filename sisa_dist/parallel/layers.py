@@ -1,0 +1,117 @@
+"""What `apply.py` puts into a model: hooks, a cut embedding, a cut vocabulary, and weights read through `copy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sisa_dist.model.loss import Vocabulary
+from sisa_dist.parallel import collectives
+
+Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
+
+@dataclass(frozen=True)
+class Border:
+    """Where the residual stream, whole or a stretch of the sequence, meets a region where each rank has its slice."""
+
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        return collectives.gather(x_BTD, self.group) if self.sequence_parallel else collectives.copy(x_BTD, self.group)
+
+    def leave(self, x_BTD: Tensor) -> Tensor:
+        return (
+            collectives.scatter(x_BTD, self.group) if self.sequence_parallel else collectives.reduce(x_BTD, self.group)
+        )
+
+
+def enter_before(module: nn.Module, border: Border) -> None:
+    """The module's first argument enters the region."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (border.enter(arguments[0]), *arguments[1:])
+
+    module.register_forward_pre_hook(hook)
+
+
+def leave_after(module: nn.Module, border: Border) -> None:
+    """The module's output, a partial sum, leaves the region."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return border.leave(output)
+
+    module.register_forward_hook(hook)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """An embedding that holds the rows from `first` on: other tokens give zeros, and the sum over ranks is the whole.
+
+    Put in a module's place by changing its class, so that its parameter stays where it is.
+    """
+
+    first: int
+    border: Border
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        row_BT = tokens_BT - self.first
+        elsewhere_BT = (row_BT < 0) | (row_BT >= self.num_embeddings)
+        h_BTD = F.embedding(row_BT.masked_fill(elsewhere_BT, 0), self.weight)
+        return self.border.leave(h_BTD.masked_fill(elsewhere_BT[..., None], 0.0))
+
+
+@dataclass(frozen=True)
+class VocabularySlice(Vocabulary):
+    """The columns of one rank; what the others hold comes in as one or two numbers a token, never as logits."""
+
+    group: dist.ProcessGroup | None = None
+
+    def over_all(self, lse_N: Tensor, picked_N: Tensor) -> tuple[Tensor, Tensor]:
+        lse_RN, picked_RN = (
+            collectives.all_gather(torch.stack((lse_N, picked_N)), self._group, dim=0).unflatten(0, (-1, 2)).unbind(1)
+        )
+        return lse_RN.logsumexp(0), picked_RN.amax(0)
+
+    def argmax(self, logits_NV: Tensor) -> Tensor:
+        value_N, column_N = logits_NV.max(1)
+        # Ranks hold rising columns, so the first of equal maxima over ranks is the first column.
+        value_RN = collectives.all_gather(value_N[None], self._group, dim=0)
+        column_RN = collectives.all_gather(column_N[None] + self.first, self._group, dim=0)
+        return column_RN.gather(0, value_RN.argmax(0)[None])[0]
+
+    def whole(self, logits: Tensor) -> Tensor:
+        return collectives.all_gather(logits, self._group, dim=logits.ndim - 1)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        assert self.group is not None
+        return self.group
+
+
+def sum_gradients(
+    module: nn.Module, name: str, group: dist.ProcessGroup, *, rows: tuple[int, int] | None = None
+) -> None:
+    """Reads of `module.name` go through `copy`: each rank's gradient is a part, the parameter gets the sum.
+
+    With `rows` the module sees only that range of the parameter's rows. Reading is by a property of a class made for
+    this one module, so the stored parameter keeps its name and an engine may swap it as it likes.
+    """
+
+    def read(module: nn.Module) -> Tensor:
+        stored = module._parameters[name]
+        assert stored is not None
+        if stored.is_meta or isinstance(stored, DTensor):
+            return stored  # outside forward: what is stored, without a node of a graph that would hold on to it
+        whole = collectives.copy(stored, group)
+        return whole if rows is None else whole[rows[0] : rows[1]]
+
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), {name: property(read), "__module__": cls.__module__})

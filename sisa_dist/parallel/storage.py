@@ -1,0 +1,39 @@
+"""A rank's stored tensor as what it is: a part of one global tensor, cut by tp and then by FSDP.
+
+Initialisation, checkpoints and the doctor look at parameters, gradients and moments through this view; nothing
+computes with it. On plain slices a checkpoint would keep one tp rank's weights, in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from sisa_dist.parallel.apply import Slice
+from sisa_dist.parallel.mesh import Mesh
+
+
+def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
+    """A DTensor over tp × dp_shard with the memory of `stored`, FSDP's shard of a slice; a plain tensor as it is.
+
+    Ranks along dp_replicate hold equal copies. Nothing is sent or copied. `stored` is a weight, gradient or moment.
+    """
+    if not isinstance(stored, DTensor):
+        assert mesh.world_size == 1, "a plain tensor on several ranks says nothing of the others"
+        return stored.detach()
+    cut = Replicate() if part.tp_dim is None else Shard(part.tp_dim)
+    tp = mesh.tp_size > 1
+    stride = torch.empty(part.shape, device="meta").stride()
+    # Not DTensor.from_local: it would copy what is offloaded to the CPU to the mesh's device.
+    local = stored.to_local().detach()
+    return DTensor(
+        local,  # type: ignore[call-arg]
+        DTensorSpec(
+            mesh.device_mesh["tp", "dp_shard"] if tp else mesh.device_mesh["dp_shard"],
+            (cut, stored.placements[-1]) if tp else (stored.placements[-1],),
+            tensor_meta=TensorMeta(part.shape, stride, stored.dtype),
+        ),
+        requires_grad=False,
+    )

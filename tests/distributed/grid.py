@@ -1,0 +1,216 @@
+"""The equivalence grid: what a case is, how it runs on a rank, and how it is compared with one process."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data_pipeline.loader import Batch
+from sisa_dist.config import RunConfig, parse_config
+from sisa_dist.engine import build_engine
+from sisa_dist.engine.fsdp import FSDP2Engine
+from sisa_dist.model.init import Constant, Normal
+from sisa_dist.parallel.mesh import init_mesh
+
+STEPS = 5
+WINDOWS, TOKENS = 4, 40
+VOCAB = 61  # padded to 64: the last rank's slice has padding in it
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, parallel block)
+    "tp1": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "dp2": (2, {"dp": 2}),
+    "tp2_dp2": (4, {"tp": 2, "dp": 2}),
+    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "tp4_sp": (4, {"tp": 4, "sequence_parallel": True}),
+    "tp2_dp2_sp": (4, {"tp": 2, "dp": 2, "sequence_parallel": True}),
+    "hsdp_2x2": (4, {"dp": 4, "dp_replicate": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the grid. The first five axes are the promise; the rest ride along in the covering subset."""
+
+    layout: str
+    mixer: str  # sisa | attention
+    n_kv_heads: int  # 4 is no GQA; 2 and 1 are held whole where tp is larger
+    d_s: str  # uniform | heterogeneous (under attention: a sisa layer beside it)
+    precision: str  # fp32 | bf16
+    qk_norm: bool = False
+    tied: bool = True
+    documents: bool = False
+    checkpointing: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return LAYOUTS[self.layout][0]
+
+    def config(self) -> RunConfig:
+        mixers, d_s = {
+            ("sisa", "uniform"): ("sisa", 8),
+            ("sisa", "heterogeneous"): ("sisa", [4, 16]),
+            ("attention", "uniform"): ("attention", None),
+            ("attention", "heterogeneous"): (["attention", "sisa"], [0, 8]),
+        }[self.mixer, self.d_s]
+        model = dict(vocab_size=VOCAB, vocab_multiple=16, d_model=32, n_layers=2, n_heads=4, d_ff=48, mixer=mixers)
+        model |= dict(d_s=d_s, n_kv_heads=self.n_kv_heads, qk_norm=self.qk_norm, tie_embeddings=self.tied)
+        return parse_config(
+            {
+                "model": model | {"init_std": 0.1},
+                "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
+                "parallel": LAYOUTS[self.layout][1],
+                "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing},
+                # eps well above rounding noise: Adam turns noise in a vanishing gradient into a whole step of lr.
+                "optimizer": {"lr": 2e-3, "eps": 1e-6, "grad_clip": 0.5},
+                "schedule": {"warmup_steps": 0},
+                "training": {"steps": STEPS, "seq_len": TOKENS, "global_batch_tokens": WINDOWS * TOKENS},
+            },
+            source="grid",
+        )
+
+    def reference(self) -> Case:
+        return Case(**(self.__dict__ | {"layout": "tp1"}))
+
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "layout": tuple(LAYOUTS),
+    "mixer": ("sisa", "attention"),
+    "n_kv_heads": (4, 2, 1),
+    "d_s": ("uniform", "heterogeneous"),
+    "precision": ("fp32", "bf16"),
+    "qk_norm": (False, True),
+    "tied": (True, False),
+    "documents": (False, True),
+    "checkpointing": (False, True),
+}
+PROMISED = ("layout", "mixer", "n_kv_heads", "d_s", "precision")
+
+
+def full_product() -> list[Case]:
+    """Every combination of the promised axes, the riders dealt out in turn."""
+    riders = itertools.cycle(itertools.product(*(AXES[axis] for axis in AXES if axis not in PROMISED)))
+    return [Case(*values, *next(riders)) for values in itertools.product(*(AXES[axis] for axis in PROMISED))]
+
+
+def covering_subset() -> list[Case]:
+    """Cases in which every pair of values of two axes occurs, chosen greedily and always the same."""
+    names = list(AXES)
+
+    def pairs(values: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
+        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(names)), 2)}
+
+    missing = set().union(*(pairs(values) for values in itertools.product(*AXES.values())))
+    rng = np.random.Generator(np.random.Philox(key=[0, 0]))
+    chosen = []
+    while missing:
+        drawn = [tuple(AXES[axis][rng.integers(len(AXES[axis]))] for axis in names) for _ in range(300)]
+        i, a, j, b = min(missing, key=repr)  # a drawing is made to hold one that is missing, so the end is certain
+        drawn = [tuple(a if n == i else b if n == j else value for n, value in enumerate(values)) for values in drawn]
+        best = max(drawn, key=lambda values: len(pairs(values) & missing))
+        missing -= pairs(best)
+        chosen.append(Case(*best))
+    return chosen
+
+
+@dataclass
+class Outcome:
+    """What one case gave, whole tensors; on ranks other than 0 it stays behind."""
+
+    initial: dict[str, Tensor]
+    log_prob: Tensor
+    is_argmax: Tensor
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]  # of the first step, before clipping
+    final: dict[str, Tensor]
+
+
+def run_case(case: Case, mutation: str | None = None) -> Outcome | None:
+    """Train `case` for five clipped steps on the ranks of this process group (or one process)."""
+    from distributed.mutations import mutated
+
+    with _constants_with_noise(), mutated(mutation) as mutate_engine:
+        config = case.config()
+        mesh = init_mesh(config.parallel, device=DEVICE)
+        engine = build_engine(config, mesh)
+        assert isinstance(engine, FSDP2Engine)
+        mutate_engine(engine)
+        initial = _weights(engine)
+        everything = batch(case, 0)
+        log_prob, is_argmax = engine.score(everything.tokens, everything.labels, everything.doc_ids)
+        gradients: dict[str, Tensor] = {}
+        real_clip = engine._clip
+
+        def clip() -> Tensor:
+            if not gradients:
+                for name, parameter in engine.model.named_parameters():
+                    assert parameter.grad is not None, name
+                    gradients[name] = _whole(engine._as_global(name, parameter.grad))
+            return real_clip()
+
+        engine._clip = clip  # type: ignore[method-assign]
+        results = [
+            engine.train_step(micro_batches(case, step, mesh.dp_rank, mesh.dp_size), 2e-3) for step in range(STEPS)
+        ]
+        losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
+        final = _weights(engine)
+    if not mesh.is_main:
+        return None
+    return Outcome(initial, log_prob, is_argmax, losses, norms, gradients, final)
+
+
+DEVICE = "cpu"
+
+
+def batch(case: Case, step: int) -> Batch:
+    """The global batch of a step. Windows have different numbers of labels that count, so an average over ranks that
+    forgets this is seen."""
+    rng = np.random.Generator(np.random.Philox(key=[step, 1]))
+    window = torch.from_numpy(rng.integers(0, VOCAB, (WINDOWS, TOKENS + 1)))
+    labels = window[:, 1:].clone()
+    for row in range(WINDOWS):
+        labels[row, : 7 * row] = -100
+    starts = torch.from_numpy(rng.random((WINDOWS, TOKENS)) < 0.1)
+    return Batch(window[:, :-1].contiguous(), labels, starts.cumsum(1) if case.documents else None)
+
+
+def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Batch]:
+    """This data rank's windows in two micro-batches, or one where it has a single window."""
+    whole = batch(case, step)
+    mine = torch.arange(dp_rank, WINDOWS, dp_size)
+    return [
+        Batch(whole.tokens[rows], whole.labels[rows], None if whole.doc_ids is None else whole.doc_ids[rows])
+        for rows in mine.chunk(2)
+    ]
+
+
+@contextlib.contextmanager
+def _constants_with_noise() -> Iterator[None]:
+    """Gains, biases and λ start unlike each other, or a slice from the wrong rank would change nothing."""
+    real = Constant.draw
+
+    def draw(self: Constant, key: bytes, start: int, stop: int) -> np.ndarray:
+        return real(self, key, start, stop) + Normal(0.3).draw(key, start, stop)
+
+    with mock.patch.object(Constant, "draw", draw):
+        yield
+
+
+def _weights(engine: FSDP2Engine) -> dict[str, Tensor]:
+    state = engine.state_tensors()
+    return {name[6:]: _whole(tensor) for name, tensor in state.items() if name.startswith("model.")}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().cpu()

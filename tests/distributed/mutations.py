@@ -1,0 +1,143 @@
+"""Mistakes one can make in a split, each made on purpose: the grid must see every one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sisa_dist.engine.fsdp import FSDP2Engine
+from sisa_dist.parallel import apply, collectives, layers
+
+EngineChange = Callable[[FSDP2Engine], None]
+
+
+@contextlib.contextmanager
+def mutated(name: str | None) -> Iterator[EngineChange]:
+    """The mistake `name` in force while a case runs; yields what is to be done to the engine once it is built."""
+    if name is None:
+        yield lambda engine: None
+        return
+    mutation = MUTATIONS[name]
+    if isinstance(mutation, contextlib.AbstractContextManager):
+        with mutation:
+            yield lambda engine: None
+    else:
+        yield mutation
+
+
+def _missing(x: Tensor, group: Any) -> Tensor:
+    return x.clone()
+
+
+def _doubled(x: Tensor, group: Any) -> Tensor:
+    return collectives.all_reduce(collectives.all_reduce(x, group), group)
+
+
+def _part_only(x: Tensor, group: Any) -> Tensor:
+    return x.chunk(group.size(), collectives.SEQUENCE)[group.rank()].contiguous()
+
+
+def _summed_twice(x: Tensor, group: Any) -> Tensor:
+    return collectives.reduce_scatter(collectives.all_reduce(x, group), group)
+
+
+def _forward(function: type, collective: Callable[[Tensor, Any], Tensor]) -> Any:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return collective(x, group)
+
+    return mock.patch.object(function, "forward", staticmethod(forward))
+
+
+def _backward(function: type, collective: Callable[[Tensor, Any], Tensor]) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return collective(grad, ctx.group), None
+
+    return mock.patch.object(function, "backward", staticmethod(backward))
+
+
+def _slices(change: Callable[[str, apply.Slice], apply.Slice]) -> Any:
+    """Slices changed where the model is cut."""
+    real = apply._slice
+
+    def slice_(model: Any, name: str, split: Any, mesh: Any) -> apply.Slice:
+        return change(name, real(model, name, split, mesh))
+
+    return mock.patch.object(apply, "_slice", slice_)
+
+
+def _marked_full(pattern: str) -> Any:
+    return _slices(lambda name, part: dataclasses.replace(part, tp_grad="full") if fnmatchcase(name, pattern) else part)
+
+
+def _in_the_norm(pattern: str, tp_dim: int | None) -> EngineChange:
+    """The norm is told another tp_dim; were the rest of the engine told too, it would stop before a number is wrong."""
+
+    def change(engine: FSDP2Engine) -> None:
+        real, truth = engine._clip, engine.slices
+        lie = {
+            name: dataclasses.replace(part, tp_dim=tp_dim) if fnmatchcase(name, pattern) else part
+            for name, part in truth.items()
+        }
+
+        def clip() -> Tensor:
+            engine.slices = lie
+            try:
+                return real()
+            finally:
+                engine.slices = truth
+
+        engine._clip = clip  # type: ignore[method-assign]
+
+    return change
+
+
+def _unaveraged(engine: FSDP2Engine) -> None:
+    engine.dp_size = 1
+
+
+def _wrong_lambda(engine: FSDP2Engine) -> None:
+    """Each rank holds the λ of the next."""
+    for block in engine.model.blocks:
+        if hasattr(block.mixer, "importance"):
+            local = block.mixer.importance.lambda_raw.to_local()
+            mine = torch.distributed.get_rank(engine.mesh.group("tp"))
+            everyones = collectives.all_gather(local.detach()[None], engine.mesh.group("tp"), dim=0)
+            with torch.no_grad():
+                local.copy_(everyones[(mine + 1) % engine.mesh.tp_size])
+
+
+def _unmasked(module: layers.VocabularyEmbedding, tokens_BT: Tensor) -> Tensor:
+    row_BT = (tokens_BT - module.first).clamp(0, module.num_embeddings - 1)
+    return module.border.leave(torch.nn.functional.embedding(row_BT, module.weight))
+
+
+MUTATIONS: dict[str, Any] = {
+    "tp_dim dropped from a column": _in_the_norm("*.wq.weight", None),
+    "tp_dim dropped from a row": _in_the_norm("*.down.weight", None),
+    "tp_dim given to a replicated norm": _in_the_norm("*.norm1.weight", 0),
+    "copy without its all-reduce": _backward(collectives._Copy, _missing),
+    "copy with two all-reduces": _backward(collectives._Copy, _doubled),
+    "reduce without its all-reduce": _forward(collectives._Reduce, _missing),
+    "reduce with two all-reduces": _forward(collectives._Reduce, _doubled),
+    "gather without its reduce-scatter": _backward(collectives._Gather, _part_only),
+    "gather with two sums": _backward(collectives._Gather, _summed_twice),
+    "scatter without its sum": _forward(collectives._Scatter, _part_only),
+    "scatter with two sums": _forward(collectives._Scatter, _summed_twice),
+    "norm gradients not summed under sp": _marked_full("*.norm?.weight"),
+    "final norm gradient not summed under sp": _marked_full("norm.weight"),
+    "partial marked full: kv held whole": _marked_full("*.wk.weight"),
+    "partial marked full: B held whole": _marked_full("*.wb.weight"),
+    "partial marked full: decay bias held whole": _marked_full("*.decay.bias"),
+    "partial marked full: a shared gain": _marked_full("*.q_norm.weight"),
+    "λ from the wrong rank": _wrong_lambda,
+    "loss not averaged": _unaveraged,
+    "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
+}

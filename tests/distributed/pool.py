@@ -1,0 +1,111 @@
+"""Pools of gloo processes that stay: a job costs milliseconds, so hundreds of cases fit into a test run.
+
+One pool a world size, started when first needed. A rank that raises while others wait in a collective would hang
+them, so a pool with a failure is killed, and the next job starts another.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 120  # seconds of one job
+
+
+class RankFailed(Exception):
+    """A job raised on some rank; the text is that rank's traceback."""
+
+
+class Pool:
+    """`world_size` processes with one default process group: NCCL where each has a GPU, else gloo."""
+
+    def __init__(self, world_size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.engine"])
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, self._folder.name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """`function(*arguments)` on every rank; results by rank. RankFailed where one raises, dies or hangs."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while len(results) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [rank for rank in range(len(self._pipes)) if rank not in results]
+                raise RankFailed(f"ranks {missing} gave no result within {TIMEOUT} s")
+            for pipe in ready:
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    good, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    raise RankFailed(f"rank {rank} died") from None
+                if not good:
+                    raise RankFailed(f"rank {rank}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._folder.cleanup()
+
+
+_POOLS: dict[int, Pool] = {}
+
+
+def run_job(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on the ranks of the pool of `world_size`."""
+    pool = _POOLS.get(world_size) or _POOLS.setdefault(world_size, Pool(world_size))
+    try:
+        return pool.run(function, *arguments)
+    except RankFailed:
+        _POOLS.pop(world_size).kill()
+        raise
+
+
+@atexit.register
+def _close() -> None:
+    while _POOLS:
+        _POOLS.popitem()[1].kill()
+
+
+def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    backend = "gloo" if torch.cuda.device_count() < world_size else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            outcome = (True, function(*arguments))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        pipe.send(outcome)
