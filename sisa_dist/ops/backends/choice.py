@@ -71,7 +71,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         shape = "causal" if self.causal else "rectangles"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{shape}, {dtype}, d_qk {self.d_qk}, d_v {self.d_v}, {self.group} heads a kv head, {self.device}"
+        return f"{shape}, {dtype}, d_qk {self.d_qk}, d_v {self.d_v}, {self.group} query heads a kv head, {self.device}"
 
 
 def check_name(name: str, device: torch.device) -> None:
@@ -114,6 +114,10 @@ def choose(case: Case, wanted: str) -> str:
         return wanted
     if case.device.type != "cuda":
         return "products"
-    name = next(name for name in CUDA_ORDER if unfit(name, case) is None)
-    logger.info("attention backend for %s: %s", case, name)
+    refused = []
+    for name in CUDA_ORDER:
+        if (reason := unfit(name, case)) is None:
+            break
+        refused.append(f"; not {name}: {reason}")
+    logger.info("attention backend for %s: %s%s", case, name, "".join(refused))
     return name
