@@ -20,10 +20,11 @@ WIDTHS = [(96, 64), (64, 64), (40, 64), (168, 128)]  # d_qk, d_v: SISA's differ 
 
 @pytest.fixture(autouse=True)
 def _fresh_caches():
-    for cached in (packages._missing, unfit, choose):
+    caches = (packages._missing, torch_kernels._cudnn_lse_dims, unfit, choose)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (packages._missing, unfit, choose):
+    for cached in caches:
         cached.cache_clear()
 
 

@@ -32,10 +32,11 @@ def gpu_kernels_on_cpu(monkeypatch):
     for name in ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient"):
         kernel = choice.KERNELS[name]
         monkeypatch.setitem(choice.KERNELS, name, kernel._replace(device="cpu", dtypes=choice.FLOATS))
-    for cached in (choice.unfit, choice.choose):
+    caches = (torch_kernels._cudnn_lse_dims, choice.unfit, choice.choose)
+    for cached in caches:
         cached.cache_clear()
     yield
-    for cached in (choice.unfit, choice.choose):
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -176,6 +177,14 @@ def test_a_backend_that_cannot_serve_says_so():
         sisa_attention(**x, path="dense", backend="cpu_flash")
     with pytest.raises(UserError, match=r"takes no document mask in one call: set attention.path to bisected"):
         sisa_attention(**x, path="single", backend="products", doc_ids=DOCS[:, :20])
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa_flash", "products"])
+def test_a_gpu_config_can_be_shaped_on_meta(backend):
+    """No kernel is chosen there: what a model on the meta device is built for is estimates."""
+    x = {n: z.detach().to("meta") for n, z in make(40, heads=4, kv_heads=2, d_v=6, dtype=torch.float32).items()}
+    assert sisa_attention(**x, backend=backend).shape == (*x["q"].shape[:3], 6)
+    assert causal_attention(x["q"], x["k"], x["v"], backend=backend).shape == (*x["q"].shape[:3], 6)
 
 
 def test_a_refusal_at_run_time_is_still_a_user_error(gpu_kernels_on_cpu):

@@ -35,11 +35,22 @@ def test_schemas_and_shapes(name, causal):
 
 def test_cudnn_statistics_go_back_as_they_came(monkeypatch):
     """Whether [b, h, R] or [b, h, R, 1]: what this torch's own autograd would hand the backward."""
-    monkeypatch.setattr(torch_kernels, "_cudnn_lse_dims", 0)
     q, v = _meta(n, M, R, D), _meta(n, M, R, E)
-    KERNELS["sdpa_cudnn"].forward(q, q, v, causal=False, scale=0.1)
-    raw = torch.ops.aten._scaled_dot_product_cudnn_attention(q, q, v, None, True, 0.0, False, False, scale=0.1)[1]
-    assert torch_kernels._cudnn_lse_dims == raw.ndim
+    real = torch.ops.aten._scaled_dot_product_cudnn_attention
+    raw = real(q, q, v, None, True, 0.0, False, False, scale=0.1)[1]
+    seen = []
+
+    class Aten:
+        _scaled_dot_product_cudnn_attention = staticmethod(real)
+
+        @staticmethod
+        def _scaled_dot_product_cudnn_attention_backward(dout, q, k, v, out, lse, *_, **__):
+            seen.append(lse)
+
+    monkeypatch.setattr(torch_kernels, "aten", Aten)
+    out, lse = KERNELS["sdpa_cudnn"].forward(q, q, v, causal=False, scale=0.1)
+    KERNELS["sdpa_cudnn"].backward(out, q, q, v, out, lse, causal=False, scale=0.1)
+    assert seen[0].shape == raw.shape and seen[0].stride() == raw.stride()
 
 
 def test_efficient_attention_reads_out_by_its_own_strides_and_lse_in_blocks_of_32(monkeypatch):

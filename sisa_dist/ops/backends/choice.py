@@ -75,10 +75,13 @@ class Case(NamedTuple):
 
 
 def check_name(name: str, device: torch.device) -> None:
-    """UserError for a backend that does not exist, or not on this device. Costs nothing: neither import nor probe."""
+    """UserError for a backend that does not exist, or not on this device. Costs nothing: neither import nor probe.
+
+    On the meta device, where nothing is computed, any will do.
+    """
     if name not in NAMES:
         raise UserError(f"attention.backend {name!r} is unknown: set one of {', '.join(NAMES)}")
-    if name != "auto" and KERNELS[name].device not in ("any", device.type):
+    if name != "auto" and KERNELS[name].device not in ("any", device.type) and device.type != "meta":
         here = ["auto", *(n for n, kernel in KERNELS.items() if kernel.device in ("any", device.type))]
         raise UserError(
             f"attention.backend {name} runs on {KERNELS[name].device} only: on {device.type} set {' or '.join(here)}"
