@@ -56,6 +56,7 @@ class Case:
     tied: bool = True
     documents: bool = False
     checkpointing: bool = False
+    engine: tuple[tuple[str, Any], ...] = ()  # further keys of the engine block: options that change no number
 
     @property
     def world_size(self) -> int:
@@ -75,7 +76,8 @@ class Case:
                 "model": model | {"init_std": 0.1},
                 "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
                 "parallel": LAYOUTS[self.layout][1],
-                "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing},
+                "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}
+                | dict(self.engine),
                 # eps well above rounding noise: Adam turns noise in a vanishing gradient into a whole step of lr.
                 "optimizer": {"lr": LR, "eps": 1e-6, "grad_clip": 0.5},
                 "schedule": {"warmup_steps": 0},
@@ -85,7 +87,7 @@ class Case:
         )
 
     def reference(self) -> Case:
-        return dataclasses.replace(self, layout="tp1")
+        return dataclasses.replace(self, layout="tp1", engine=())
 
     def __str__(self) -> str:
         flags = [name for name in ("qk_norm", "untied", "documents", "checkpointing") if self._has(name)]

@@ -7,6 +7,7 @@ them, so a pool with a failure is killed, and the next job starts another.
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -97,6 +98,8 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Looking at whole tensors under tp × dp gathers twice, which is slow and of no account here.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "gloo" if torch.cuda.device_count() < world_size else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     while True:
