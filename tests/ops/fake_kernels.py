@@ -6,6 +6,7 @@ under which name. A call that the real function would refuse or misread fails or
 
 import sys
 import types
+from collections import Counter
 
 import torch
 
@@ -56,42 +57,49 @@ class FakeAten:
 
     def __init__(self, cudnn_lse_dims=4):
         self.cudnn_lse_dims = cudnn_lse_dims
+        self.calls, self.widths = Counter(), set()
+
+    def _bind(self, op, args, kwargs):
+        a = _bind(op, args, kwargs)
+        self.calls[op] += 1
+        self.widths.add((a.query.shape[-1], a.value.shape[-1]))
+        return a
 
     def _scaled_dot_product_flash_attention(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_flash_attention", args, kwargs)
+        a = self._bind("_scaled_dot_product_flash_attention", args, kwargs)
         assert a.query.shape[-1] == a.value.shape[-1] <= 256 and a.query.shape[-1] % 8 == 0
         out, lse = explicit_forward(a.query, a.key, a.value, causal=a.is_causal, scale=a.scale)
         return out.to(a.query.dtype), lse.float(), None, None, a.query.shape[2], a.key.shape[2], None, None, None
 
     def _scaled_dot_product_flash_attention_backward(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_flash_attention_backward", args, kwargs)
+        a = self._bind("_scaled_dot_product_flash_attention_backward", args, kwargs)
         assert a.cum_seq_q is None and (a.max_q, a.max_k) == (a.query.shape[2], a.key.shape[2])
         assert a.grad_out.shape == a.out.shape and a.value.shape == a.key.shape
         return _gradients(a)
 
     def _scaled_dot_product_cudnn_attention(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_cudnn_attention", args, kwargs)
+        a = self._bind("_scaled_dot_product_cudnn_attention", args, kwargs)
         assert a.compute_log_sumexp and a.attn_bias is None
         out, lse = explicit_forward(a.query, a.key, a.value, causal=a.is_causal, scale=a.scale)
         lse = lse.float()[..., None] if self.cudnn_lse_dims == 4 else lse.float()
         return out.to(a.query.dtype), lse, None, None, a.query.shape[2], a.key.shape[2], None, None, None
 
     def _scaled_dot_product_cudnn_attention_backward(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
+        a = self._bind("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
         assert a.logsumexp.ndim == self.cudnn_lse_dims and a.attn_bias is None
         assert (a.max_q, a.max_k) == (a.query.shape[2], a.key.shape[2])
         a.logsumexp = a.logsumexp.reshape(a.query.shape[:3])
         return _gradients(a)
 
     def _scaled_dot_product_efficient_attention(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_efficient_attention", args, kwargs)
+        a = self._bind("_scaled_dot_product_efficient_attention", args, kwargs)
         assert a.compute_log_sumexp and a.attn_bias is None and a.query.shape[1] == a.key.shape[1]
         out, lse = explicit_forward(a.query, a.key, a.value, causal=a.is_causal, scale=a.scale)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
         return out.to(a.query.dtype), lse.float(), None, None
 
     def _scaled_dot_product_efficient_attention_backward(self, *args, **kwargs):
-        a = _bind("_scaled_dot_product_efficient_attention_backward", args, kwargs)
+        a = self._bind("_scaled_dot_product_efficient_attention_backward", args, kwargs)
         assert a.attn_bias is None and a.query.shape[1] == a.key.shape[1] and len(a.grad_input_mask) == 4
         b, h, R, E = a.out.shape
         assert a.logsumexp.shape == (b, h, R + -R % 32)

@@ -28,14 +28,15 @@ def _qkv(*args, **kwargs):
 @pytest.fixture
 def gpu_kernels_on_cpu(monkeypatch):
     """PyTorch's CUDA kernels as stand-ins that run, and may be named, on CPU; flash_attn ones stay absent."""
-    monkeypatch.setattr(torch_kernels, "aten", FakeAten())
+    aten = FakeAten()
+    monkeypatch.setattr(torch_kernels, "aten", aten)
     for name in ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient"):
         kernel = choice.KERNELS[name]
         monkeypatch.setitem(choice.KERNELS, name, kernel._replace(device="cpu", dtypes=choice.FLOATS))
     caches = (torch_kernels._cudnn_lse_dims, choice.unfit, choice.choose)
     for cached in caches:
         cached.cache_clear()
-    yield
+    yield aten
     for cached in caches:
         cached.cache_clear()
 
@@ -68,11 +69,27 @@ def test_the_bisected_path_hands_gpu_kernels_what_they_want(gpu_kernels_on_cpu, 
     """Padded v where one width is wanted, d_v where not, strided views, a global lse with rows that take no part."""
     x = make(100, dtype=torch.float32, **shape)
     wanted = value_and_gradients(x, path="dense", doc_ids=doc_ids)
-    got = value_and_gradients(x, path="bisected", leaf=16, backend=backend, doc_ids=doc_ids)
-    assert_close(got, wanted, 1e-4)
+    settings = {"path": "bisected", "leaf": 16, "backend": backend, "doc_ids": doc_ids}
+    assert_close(value_and_gradients(x, **settings), wanted, 1e-4)  # the first time the probe calls, too
+    aten = gpu_kernels_on_cpu
+    aten.calls.clear()
+    aten.widths.clear()
+    value_and_gradients(x, **settings)
+    op = f"_scaled_dot_product_{backend.removeprefix('sdpa_')}_attention"
+    assert aten.calls == {
+        op: 4,
+        f"{op}_backward": 4,
+    }  # T 112 in leaves of 16: levels of 3, 1, 1 (cut short) and 1 pairs
+    ((d_qk, width),) = aten.widths
+    assert d_qk % 8 == 0 and width == (d_qk if backend == "sdpa_flash" else -(-x["v"].shape[-1] // 8) * 8)
+
     qkv = {name: x[name] for name in "qkv"}
     wanted = value_and_gradients(qkv, causal_attention, doc_ids=doc_ids)
-    assert_close(value_and_gradients(qkv, causal_attention, doc_ids=doc_ids, backend=backend), wanted, 1e-4)
+    settings = {"doc_ids": doc_ids, "backend": backend}
+    assert_close(value_and_gradients(qkv, causal_attention, **settings), wanted, 1e-4)
+    aten.calls.clear()
+    value_and_gradients(qkv, causal_attention, **settings)
+    assert aten.calls == {op: 1, f"{op}_backward": 1}  # one call, or with documents one rectangle beside the leaves
 
 
 def test_the_cpu_is_not_probed(monkeypatch):
