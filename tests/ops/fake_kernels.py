@@ -18,7 +18,7 @@ def explicit_forward(q, k, v, *, causal, scale):
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     score = q @ k.mT * scale
     if causal:
-        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), float("-inf"))
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
@@ -28,7 +28,7 @@ def explicit_backward(dout, q, k, v, out, lse, *, causal, scale):
     wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
     score = q @ wide_k.mT * scale
     if causal:
-        score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), float("-inf"))
     prob = (score - lse[..., None]).exp()
     dscore = prob * (dout @ wide_v.mT - (dout * out).sum(-1, keepdim=True)) * scale
     dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dscore.mT @ q, prob.mT @ dout))

@@ -83,14 +83,14 @@ def check_kernel(kernel, *, dtype, d_qk, d_v, group, causal, device=CPU, rows=15
         )
         for k, v in blocks
     ]
-    exact = [x.double().cpu().requires_grad_() for x in (q, *(torch.cat(x, 2) for x in zip(*blocks, strict=True)))]
+    exact = [x.double().requires_grad_() for x in (q, *(torch.cat(x, 2) for x in zip(*blocks, strict=True)))]
     true_out, true_lse = explicit_forward(*exact, causal=causal, scale=scale)
-    wanted = torch.autograd.grad(true_out, exact, dout.double().cpu())
+    wanted = torch.autograd.grad(true_out, exact, dout.double())
     true_out, true_lse = true_out.detach(), true_lse.detach()
     dk, dv = (torch.cat([g[i][..., :w].double() for g in grads], 2) for i, w in ((1, d_qk), (2, d_v)))
     got = {"out": out, "lse": lse, "dq": sum(g[0][..., :d_qk].double() for g in grads), "dk": dk, "dv": dv}
     for name, true in zip(got, (true_out, true_lse, *wanted), strict=True):
-        error = float((got[name].double().cpu() - true).abs().max() / true.abs().max())
+        error = float((got[name].double() - true).abs().max() / true.abs().max())
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
