@@ -18,10 +18,16 @@ BF16_FLOOR = 2e-3  # and of the model's: what is small is often a difference of 
 BF16_UPDATE = 0.15  # mean error of the five updates against their mean size; Adam makes signs of small gradients
 
 
-def errors(case: Case, got: Outcome, want: Outcome) -> dict[str, float]:
+# A GPU sums with atomics, in an order of its own each time: nothing but the initial weights is exact, and fp32 sums of
+# one run differ by what a split differs by here. Stated, not yet measured: no GPU has run this.
+GPU_FACTOR = 4
+
+
+def errors(case: Case, got: Outcome, want: Outcome, *, gpu: bool = False) -> dict[str, float]:
     """Term → error ÷ tolerance. Exact terms give 0 or infinity."""
     # Without tp no sum of the forward is split, so it is the same to the bit; a compiler orders sums its own way.
     exact_forward = ("tp" not in case.layout or case.layout == "tp1") and not dict(case.engine).get("compile")
+    exact_forward &= not gpu
     bf16 = case.precision == "bf16"
     found = {f"initial {name}": _exact(got.initial[name], tensor) for name, tensor in want.initial.items()}
     if exact_forward:
@@ -50,6 +56,8 @@ def errors(case: Case, got: Outcome, want: Outcome) -> dict[str, float]:
         else:
             found[f"weight {name}"] = _most(error) / FP32
     assert got.gradients.keys() == want.gradients.keys() and got.final.keys() == want.final.keys()
+    if gpu:
+        found = {term: error / GPU_FACTOR for term, error in found.items()}
     return {term: float("inf") if error != error else error for term, error in found.items()}
 
 

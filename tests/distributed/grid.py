@@ -24,7 +24,6 @@ from sisa_dist.model import build_model
 from sisa_dist.model.init import Constant, Normal
 from sisa_dist.parallel.mesh import init_mesh
 
-DEVICE = "cpu"
 STEPS = 5
 LR = 2e-3
 WINDOWS, TOKENS = 4, 40
@@ -155,13 +154,13 @@ class Outcome:
     final: dict[str, Tensor]
 
 
-def run_case(case: Case, mutation: str | None = None) -> Outcome | None:
+def run_case(case: Case, mutation: str | None = None, *, device: str = "cpu") -> Outcome | None:
     """Train `case` for five clipped steps on the ranks of this process group, all of which have the same `case`."""
     from distributed.mutations import mutated
 
     with constants_with_noise(), mutated(mutation) as mutate_engine:
         config = case.config()
-        mesh = init_mesh(config.parallel, device=DEVICE)
+        mesh = init_mesh(config.parallel, device=device)
         engine = build_engine(config, mesh)
         assert isinstance(engine, FSDP2Engine)
         mutate_engine(engine)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distributed.comparing import errors, red
-from distributed.grid import DEVICE, Case, batch, micro_batches, run_case, run_plain
+from distributed.grid import Case, batch, micro_batches, run_case, run_plain
 from distributed.pool import RankFailed, run_job
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.fsdp import FSDP2Engine
@@ -49,7 +49,7 @@ def test_accumulation_reduces_gradients_once_a_step() -> None:
 
 def _reductions(case: Case) -> tuple[Counter[str], Counter[str]]:
     config = case.config()
-    mesh = init_mesh(config.parallel, device=DEVICE)
+    mesh = init_mesh(config.parallel, device="cpu")
     engine = build_engine(config, mesh)
     found = []
     for number in (1, 2):
@@ -81,7 +81,7 @@ def _faulty(case: Case, fault: str, mistake: str | None) -> None:
     from distributed.mutations import mutated
 
     config = case.config()
-    mesh = init_mesh(config.parallel, device=DEVICE)
+    mesh = init_mesh(config.parallel, device="cpu")
     with mutated(mistake):
         engine = build_engine(config, mesh)
     assert isinstance(engine, FSDP2Engine)
@@ -108,7 +108,7 @@ def test_lengths_that_tp_does_not_divide_are_scored_under_sequence_parallelism()
 
 def _scores(case: Case, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     config = case.config()
-    engine = build_engine(config, init_mesh(config.parallel, device=DEVICE))
+    engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
     whole = batch(case, 0)
     assert whole.doc_ids is not None
     return engine.score(whole.tokens[:, :length], whole.labels[:, :length], whole.doc_ids[:, :length])
@@ -127,7 +127,7 @@ def _statistics(case: Case) -> dict[str, list[float | None]]:
 
     config = case.config()
     with constants_with_noise():
-        engine = build_engine(config, init_mesh(config.parallel, device=DEVICE))
+        engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
     whole = batch(case, 0)
     engine.score(whole.tokens, whole.labels, whole.doc_ids)
     return engine.layer_statistics()
