@@ -40,7 +40,7 @@ class FSDP2Engine:
         self.step_number = 0
         with torch.device("meta"):
             self.model = build_model(config.model, attention=config.attention)
-        self.slices = apply_plan(self.model, mesh)
+        self.slices = apply_plan(self.model, mesh, overlap=not config.engine.compile)
         for block in self.model.blocks:
             block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
             if config.engine.compile:

@@ -24,6 +24,7 @@ from sisa_dist.parallel.layers import (
     sum_gradients,
 )
 from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.parallel.overlap import enter_overlapped
 from sisa_dist.parallel.plan import PLAN, REGIONS, Split, check_tp, split_of
 
 
@@ -48,8 +49,10 @@ class Slice:
         return tuple(index)
 
 
-def apply_plan(model: LM, mesh: Mesh, *, plan: Mapping[str, Split] = PLAN) -> dict[str, Slice]:
+def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str, Split] = PLAN) -> dict[str, Slice]:
     """Cut `model`, built on the meta device, for this rank of `mesh`; the slice of every parameter by its full name.
+
+    `overlap` hides collectives of the backward behind weight gradients (overlap.py, which says where that is not so).
 
     Raises UserError where tp does not divide what the plan deals out, AssertionError where a parameter has no line.
     """
@@ -76,7 +79,19 @@ def apply_plan(model: LM, mesh: Mesh, *, plan: Mapping[str, Split] = PLAN) -> di
             _cut_embedding(module, mesh, border)
     for name, region in model.named_modules():
         if any(fnmatchcase(name, pattern) for pattern in REGIONS):
-            enter_before(region, border)
+            columns = (
+                []
+                if not overlap
+                else [
+                    module
+                    for leaf, module in region.named_modules()
+                    if isinstance(module, nn.Linear) and splits[f"{name}.{leaf}.weight"].kind == "column"
+                ]
+            )
+            if columns:
+                enter_overlapped(region, columns, border)
+            else:
+                enter_before(region, border)
     width = config.padded_vocab_size // tp
     model.head.vocabulary = VocabularySlice(config.vocab_size, mesh.tp_rank * width, border.group)
     return slices

@@ -91,9 +91,15 @@ class _Scatter(torch.autograd.Function):
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the group as a new tensor: the argument may be needed by another node of the graph."""
-    total = x.contiguous().clone()
-    dist.all_reduce(total, group=group)
+    total, running = start_all_reduce(x, group)
+    running.wait()
     return total
+
+
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """A tensor that holds the sum over the group once the work is waited for."""
+    total = x.contiguous().clone()
+    return total, dist.all_reduce(total, group=group, async_op=True)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> Tensor:
@@ -106,7 +112,16 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> T
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> Tensor:
     """This rank's part, along `dim`, of the sum over the group. The group's size divides that dimension."""
+    mine, running, _ = start_reduce_scatter(x, group, dim=dim)
+    running.wait()
+    return mine
+
+
+def start_reduce_scatter(
+    x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE
+) -> tuple[Tensor, dist.Work, Tensor]:
+    """A tensor that holds `reduce_scatter`'s result once the work is waited for; the last must live until then."""
     parts = x.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    _reduce_scatter_single(mine.flatten(), parts.flatten(), group=group)
-    return mine
+    running = _reduce_scatter_single(mine.flatten(), parts.flatten(), group=group, async_op=True)
+    return mine, running, parts

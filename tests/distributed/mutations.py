@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.engine.fsdp import FSDP2Engine
-from sisa_dist.parallel import apply, collectives, layers
+from sisa_dist.parallel import apply, collectives, layers, overlap
 
 EngineChange = Callable[[FSDP2Engine], None]
 
@@ -61,6 +61,28 @@ def _backward(function: type, collective: Callable[[Tensor, Any], Tensor]) -> An
         return collective(grad, ctx.group), None
 
     return mock.patch.object(function, "backward", staticmethod(backward))
+
+
+def _started(name: str, collective: Callable[[Tensor, Any], Tensor]) -> Any:
+    """The collective that overlap.py starts, and it alone, replaced by one that is done at once."""
+
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    real = getattr(collectives, name)
+
+    def start(x: Tensor, group: Any) -> tuple[Tensor, Any]:
+        with mock.patch.object(collectives, name, real):
+            return collective(x, group), Done()
+
+    return mock.patch.object(overlap, "collectives", mock.Mock(wraps=collectives, **{name: start}))
+
+
+@staticmethod  # type: ignore[misc]
+def _no_gradient(ctx: Any, nothing: None) -> tuple[Tensor, None]:
+    x, dy = (tensor.flatten(0, -2) for tensor in ctx.made_of)
+    return torch.zeros(dy.shape[1], x.shape[1]), None
 
 
 def _slices(change: Callable[[str, apply.Slice], apply.Slice]) -> Any:
@@ -125,10 +147,15 @@ MUTATIONS: dict[str, Any] = {
     "tp_dim given to a replicated norm": _in_the_norm("*.norm1.weight", 0),
     "copy without its all-reduce": _backward(collectives._Copy, _missing),
     "copy with two all-reduces": _backward(collectives._Copy, _doubled),
+    "overlapped copy without its all-reduce": _started("start_all_reduce", _missing),
+    "overlapped copy with two all-reduces": _started("start_all_reduce", _doubled),
     "reduce without its all-reduce": _forward(collectives._Reduce, _missing),
     "reduce with two all-reduces": _forward(collectives._Reduce, _doubled),
     "gather without its reduce-scatter": _backward(collectives._Gather, _part_only),
     "gather with two sums": _backward(collectives._Gather, _summed_twice),
+    "overlapped gather without its reduce-scatter": _started("start_reduce_scatter", _part_only),
+    "overlapped gather with two sums": _started("start_reduce_scatter", _summed_twice),
+    "weight gradients delayed and forgotten": mock.patch.object(overlap._Delay, "backward", _no_gradient),
     "scatter without its sum": _forward(collectives._Scatter, _part_only),
     "scatter with two sums": _forward(collectives._Scatter, _summed_twice),
     "norm gradients not summed under sp": _marked_full("*.norm?.weight"),
