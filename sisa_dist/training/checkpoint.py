@@ -86,6 +86,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder a checkpoint lies in."""
+    if checkpoint.parent.name != "checkpoints":  # named from inside: ".", or "step_00000300" alone
+        checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent
+
+
 def read_state(checkpoint: Path) -> TrainState:
     try:
         return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))

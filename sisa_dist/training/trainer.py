@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline.index import Index
-from data_pipeline.loader import Loader, validation_batches
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loader import Loader
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
@@ -20,35 +18,9 @@ from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+from sisa_dist.training.run_data import RunData, held_out_batches, open_data
 from sisa_dist.training.run_folder import open_run_folder
 from sisa_dist.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The prepared data of a run, opened and checked against its config."""
-
-    train: Index
-    validation: Index | None
-    tokenizer: Tokenizer
-
-
-def open_data(config: RunConfig) -> RunData:
-    """Raises UserError where the data is not prepared or does not fit the model."""
-    folder = config.data_folder
-    if not (folder / "train" / "index.json").is_file():
-        raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} in "
-            f"{folder}: set model.vocab_size to {tokenizer.vocab_size}"
-        )
-    train = Index.load(folder / "train")
-    if train.tokenizer_sha256 != tokenizer.sha256:
-        raise UserError(f"{folder}: the shards were made with another tokenizer.model: run `sisa prepare --force`")
-    validation = folder / "validation"
-    return RunData(train, Index.load(validation) if (validation / "index.json").is_file() else None, tokenizer)
 
 
 def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
@@ -133,14 +105,9 @@ def _loop(
 def _evaluate(
     config: RunConfig, validation: Index, engine: Engine, state: TrainState, reporter: _Reporter | None
 ) -> None:
-    batches = validation_batches(
-        validation,
-        seq_len=config.training.seq_len,
-        batch_size=config.training.micro_batch_size,
-        max_windows=config.training.eval_windows,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
-        document_mask=config.data.document_mask,
+    training = config.training
+    batches = held_out_batches(
+        config, validation, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
     )
     result = perplexity(engine, batches)
     layers = engine.layer_statistics()
