@@ -46,8 +46,9 @@ def save_checkpoint(
     staging = folder / f".step_{state.step:08d}.tmp"
     if mesh.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*"):
-            shutil.rmtree(stale)
+        for stale in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+            if stale.is_dir():
+                shutil.rmtree(stale)
         staging.mkdir()
     mesh.barrier()
     dcp.save(engine.state_tensors(), checkpoint_id=staging)

@@ -114,6 +114,16 @@ def test_a_half_written_checkpoint_is_never_seen(tiny: RunConfig) -> None:
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
 
 
+def test_a_save_removes_what_a_kill_left_and_nothing_else(tiny: RunConfig) -> None:
+    folder = Path(tiny.output_dir) / "checkpoints"
+    for stale in (".step_00000099.tmp", ".step_00000097.old"):
+        (folder / stale / "inside").mkdir(parents=True)
+    (folder / ".DS_Store").write_bytes(b"Finder")
+    (folder / ".nfs0001").mkdir()
+    train(tiny, quiet=True)
+    assert sorted(p.name for p in folder.iterdir()) == [".DS_Store", ".nfs0001", "step_00000006", "step_00000008"]
+
+
 def test_a_metrics_line_cut_by_a_kill_is_dropped_on_resume(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     metrics = Path(tiny.output_dir) / "metrics.jsonl"
