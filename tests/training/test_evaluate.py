@@ -56,7 +56,7 @@ def test_a_moved_run_is_evaluated_on_its_own_data_from_anywhere(home: Path, monk
         moved, path = evaluate_checkpoint(name, quiet=True)
         assert moved["perplexity"] == results["perplexity"]
         assert path.resolve() == home / "runs" / "b" / "evaluation.json"
-    assert "".join(stream_text(".", prompt="def ", max_tokens=9, temperature=0, top_p=1, seed=0)) == sample
+    assert "".join(stream_text(name, prompt="def ", max_tokens=9, temperature=0, top_p=1, seed=0)) == sample
 
 
 def test_data_of_another_tokenizer_is_refused(home: Path, tiny_overrides: list[str]) -> None:
