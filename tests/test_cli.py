@@ -59,6 +59,7 @@ def test_prepare_train_eval_generate(
         (("train", "CONFIG", "--set", "training.stps=1"), "training.stps: unknown key; did you mean steps?"),
         (("train", "CONFIG", "--set", "data.folder=nowhere"), "run `sisa prepare`"),
         (("train", "CONFIG", "--set", "model.vocab_size=100"), "model.vocab_size"),
+        (("train", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens was 256 and is now 99"),
         (("train", "CONFIG", "--set", "device=cuda"), "device"),
         (("prepare", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens"),
         (("prepare", "CONFIG", "--set", "data.input=nothing.txt"), "nothing.txt"),

@@ -119,6 +119,14 @@ class TokenizerConfig(Section):
     model_type: Literal["bpe", "unigram"] = "bpe"
     sample_bytes: PositiveInt = 32_000_000  # text the trainer sees at most
 
+    @_model_validator(mode="after")
+    def _consistent(self) -> TokenizerConfig:
+        for key in ("model_type", "sample_bytes"):
+            # A resolved config names the defaults too, and must load again.
+            if self.path is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on a tokenizer that exists: remove it, or set path to null")
+        return self
+
 
 class DataConfig(Section):
     input: str | list[str] = "python-stdlib"  # files, folders or globs; python-stdlib: the sources of Python itself

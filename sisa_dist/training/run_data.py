@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, validation_batches
+from data_pipeline.manifest import check_settings
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.evaluation.scorer import Scorer
@@ -20,10 +21,9 @@ class RunData:
 
 
 def open_data(config: RunConfig) -> RunData:
-    """Raises UserError where the data is not prepared or does not fit the model."""
+    """Raises UserError where the data is not prepared, or otherwise than the config says, or does not fit the model."""
     folder = config.data_folder
-    if not (folder / "train" / "index.json").is_file():
-        raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
+    check_settings(folder, config)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(

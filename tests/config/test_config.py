@@ -54,6 +54,15 @@ def test_a_decay_bound_without_a_sisa_layer_is_refused() -> None:
         load_config(QUICKSTART, ["model.mixer=attention", "model.d_s=null", "model.log_alpha_min=-1.0"])
 
 
+def test_how_to_train_a_tokenizer_is_refused_beside_one_that_exists(tmp_path: Path) -> None:
+    for setting in ("model_type=unigram", "sample_bytes=100"):
+        with pytest.raises(UserError, match=f"data.tokenizer: {setting.split('=')[0]} has no effect"):
+            load_config(QUICKSTART, ["data.tokenizer.path=x.model", f"data.tokenizer.{setting}"])
+    config = load_config(QUICKSTART, ["data.tokenizer.path=x.model"])
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
 def test_overrides_and_numbers_as_people_write_them() -> None:
     config = load_config(QUICKSTART, ["optimizer.lr=3e-4", "data.input=[a.txt, b.txt]", "training.eval_every=null"])
     assert config.optimizer.lr == 3e-4
