@@ -61,6 +61,8 @@ def test_prepare_train_eval_generate(
         (("train", "CONFIG", "--set", "model.vocab_size=100"), "model.vocab_size"),
         (("train", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens was 256 and is now 99"),
         (("train", "CONFIG", "--set", "device=cuda"), "device"),
+        (("train", "CONFIG", "--set", "output_dir=CONFIG"), "cannot be made (File exists): name another output_dir"),
+        (("train", "CONFIG", "--set", "output_dir=CONFIG/run"), "cannot be made (Not a directory)"),
         (("prepare", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens"),
         (("prepare", "CONFIG", "--set", "data.input=nothing.txt"), "nothing.txt"),
         (("eval", "nowhere"), "no checkpoint here"),
@@ -78,7 +80,7 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(
 
     if "device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    code, _, err = run(monkeypatch, capsys, *(str(config_file) if a == "CONFIG" else a for a in arguments))
+    code, _, err = run(monkeypatch, capsys, *(a.replace("CONFIG", str(config_file)) for a in arguments))
     assert code == 2
     assert says in err and err.startswith("sisa: ") and err.count("\n") == 1
 

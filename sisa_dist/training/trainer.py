@@ -19,7 +19,7 @@ from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_che
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 from sisa_dist.training.run_data import RunData, held_out_batches, open_data
-from sisa_dist.training.run_folder import open_run_folder
+from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
 
 
@@ -33,6 +33,14 @@ def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = Fals
     mesh = init_mesh(config.parallel, device=config.device)
     data = open_data(config)
     run_folder = Path(config.output_dir)
+    with own_run_folder(run_folder, mesh):
+        _train(config, mesh, data, run_folder, accept_changes=accept_changes, quiet=quiet)
+    return run_folder
+
+
+def _train(
+    config: RunConfig, mesh: Mesh, data: RunData, run_folder: Path, *, accept_changes: bool, quiet: bool
+) -> None:
     checkpoints = list_checkpoints(run_folder)
     open_run_folder(run_folder, config, mesh, resumes=bool(checkpoints), accept_changes=accept_changes)
     loader = Loader(
@@ -62,7 +70,6 @@ def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = Fals
     finally:
         if reporter:
             reporter.close()
-    return run_folder
 
 
 def _loop(

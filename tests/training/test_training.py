@@ -106,6 +106,23 @@ def test_kill_9_at_random_moments_changes_nothing(tiny: RunConfig, tmp_path: Pat
     assert_same_tensors(list_checkpoints(Path(config.output_dir))[-1], list_checkpoints(Path(straight.output_dir))[-1])
 
 
+def test_two_at_once_in_one_run_folder_are_refused_and_a_kill_frees_it(tiny: RunConfig, tmp_path: Path) -> None:
+    config = changed(tiny, training={"steps": 100_000})
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "sisa_dist.cli", "train", str(tmp_path / "run.yaml")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert first.stdout is not None and "step" in first.stdout.readline()
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert "another process is training in this run folder" in second.stderr
+    train(tiny, accept_changes=True, quiet=True)
+    assert not (Path(tiny.output_dir) / ".lock").exists()
+
+
 def test_a_half_written_checkpoint_is_never_seen(tiny: RunConfig) -> None:
     run = Path(tiny.output_dir)
     (run / "checkpoints" / ".step_00000099.tmp").mkdir(parents=True)
