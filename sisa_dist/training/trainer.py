@@ -64,7 +64,7 @@ def _train(
                 f"{config.data_folder}: not the data that {checkpoints[-1]} was trained on (order {loader.fingerprint} "
                 f"here, {state.fingerprint} there): give the old data.folder, or another output_dir to start anew"
             )
-    reporter = _Reporter(config, run_folder, mesh, quiet=quiet) if mesh.is_main else None
+    reporter = _Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
     try:
         _loop(config, mesh, data, loader, engine, state, reporter, run_folder)
     finally:
@@ -125,14 +125,14 @@ def _evaluate(
 class _Reporter:
     """Turns steps into metrics and console lines; the main rank has one."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, quiet: bool) -> None:
+    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, step: int, quiet: bool) -> None:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._device = mesh.device
         self._peak = peak_flops(mesh.device, dtype)
         if mesh.device.type != "cpu":  # ranks of one host share its cores
             self._peak *= mesh.world_size
         self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
-        self._metrics = Metrics(run_folder, config)
+        self._metrics = Metrics(run_folder, config, step=step)
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
     def step(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +150,16 @@ def test_a_metrics_line_cut_by_a_kill_is_dropped_on_resume(tiny: RunConfig) -> N
         file.write('{"kind": "train", "st')
     train(changed(tiny, training={"steps": 10}), accept_changes=True, quiet=True)
     assert [row[0] for row in losses(Path(tiny.output_dir))] == list(range(1, 11))
+
+
+def test_the_metrics_of_one_folder_are_of_one_run(tiny: RunConfig) -> None:
+    """A run whose checkpoints were removed starts anew, and so does its metrics.jsonl."""
+    run = train(tiny, quiet=True)
+    shutil.rmtree(run / "checkpoints")
+    train(changed(tiny, optimizer={"lr": 1e-3}, training={"steps": 3}), quiet=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["step"], r["lr"] <= 1e-3) for r in lines if r["kind"] == "train"] == [(1, True), (2, True), (3, True)]
+    assert {r["step"] for r in lines} == {1, 2, 3}
 
 
 def test_accumulation_and_micro_batches_change_nothing_but_rounding(tiny: RunConfig, tmp_path: Path) -> None:
