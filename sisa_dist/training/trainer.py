@@ -97,16 +97,22 @@ def _loop(
             if reporter:
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
             if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
-                raise UserError(
-                    f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and "
-                    "nothing was saved; lower optimizer.lr and run again, it resumes from the last checkpoint"
-                )
+                raise _diverged(step + 1, result, run_folder)
             last = step + 1 == training.steps
             if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
                 _evaluate(config, data.validation, engine, state, reporter)
             if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
                 tokenizer = config.data_folder / "tokenizer.model"
                 save_checkpoint(run_folder, engine, state, config=config, tokenizer=tokenizer, mesh=mesh)
+
+
+def _diverged(step: int, result: StepResult, run_folder: Path) -> UserError:
+    saved = list_checkpoints(run_folder)
+    again = f"with --accept-changes, it resumes from {saved[-1].name}" if saved else "again, it starts anew"
+    return UserError(
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and nothing of this "
+        f"step was saved; lower optimizer.lr and run {again}"
+    )
 
 
 def _evaluate(

@@ -272,8 +272,13 @@ def test_load_model_scores_and_generates(tiny: RunConfig) -> None:
 
 def test_diverged_training_stops_and_saves_nothing(tiny: RunConfig) -> None:
     config = changed(tiny, optimizer={"lr": 1e30, "grad_clip": None}, schedule={"warmup_steps": 0})
-    with pytest.raises(UserError, match="diverged"):
+    with pytest.raises(UserError, match=r"diverged .*; lower optimizer\.lr and run again, it starts anew"):
         train(config, quiet=True)
-    for checkpoint in list_checkpoints(Path(tiny.output_dir)):
-        model, _ = sisa_dist.load_model(checkpoint)
-        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert list_checkpoints(Path(tiny.output_dir)) == []
+    train(changed(tiny, training={"steps": 3}), quiet=True)  # what the message advises
+    with pytest.raises(UserError, match=r"run with --accept-changes, it resumes from step_00000003"):
+        train(config, accept_changes=True, quiet=True)
+    train(tiny, accept_changes=True, quiet=True)
+    assert read_state(list_checkpoints(Path(tiny.output_dir))[-1]).step == 8
+    model, _ = sisa_dist.load_model(tiny.output_dir)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
