@@ -274,6 +274,11 @@ class RunConfig(Section):
                 f"parallel.sequence_parallel cuts training.seq_len {seq_len} by tp {tp}, which does not divide it: set "
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
+        if self.training.eval_every is not None and self.data.validation_fraction == 0:
+            raise ValueError(
+                "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "
+                "null, or data.validation_fraction to for example 0.01"
+            )
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")
         return self

@@ -37,6 +37,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
         ("schedule.kind=wsd", "needs decay_steps"),
         ("schedule.warmup_steps=251", "exceed training.steps 250"),
         ("data.validation_fraction=1.0", "data.validation_fraction: "),
+        ("data.validation_fraction=0.0", "training.eval_every needs held-out text"),
         ("nonsense", "write KEY=VALUE"),
         ("name=[1", "is not YAML"),
         ("seed.x=1", "seed"),
