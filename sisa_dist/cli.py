@@ -76,13 +76,14 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Nucleus mass in (0, 1].")] = 0.95,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
 ) -> None:
     """Continue a prompt, streaming."""
     from sisa_dist.training.generate import stream_text
 
+    made = stream_text(run, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     sys.stdout.write(prompt)
-    for text in stream_text(run, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+    for text in made:
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -102,6 +103,11 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"sisa: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: ours to mend, with its traceback
+            raise
+        print(f"sisa: {error.filename}: {error.strerror}: mend or name another path", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -33,14 +33,20 @@ class Metrics:
                 import wandb
             except ImportError:
                 raise UserError("logging.wandb is on but wandb is not installed: pip install wandb") from None
-            self._wandb = wandb.init(
-                project=config.logging.wandb_project,
-                name=config.name,
-                dir=str(run_folder),
-                mode=config.logging.wandb,
-                config={"yaml": dump_config(config)},
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=config.logging.wandb_project,
+                    name=config.name,
+                    dir=str(run_folder),
+                    mode=config.logging.wandb,
+                    config={"yaml": dump_config(config)},
+                    settings=wandb.Settings(silent=True),
+                )
+            except wandb.Error as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"logging.wandb: {reason}: run `wandb login`, or set logging.wandb to offline"
+                ) from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

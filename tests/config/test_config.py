@@ -25,6 +25,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
         ("model.mixer=mamba", "model.mixer: "),
         ("model=3", "model: "),
         ("model.n_heads=3", "set d_model to 255 or 258"),
+        ("model.n_heads=512", "set d_model to 512, or set head_dim"),
         ("model.n_kv_heads=3", "set one of [1, 2, 4]"),
         ("model.head_dim=63", "even head_dim"),
         ("model.d_s=31", "even number"),
@@ -38,6 +39,12 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
         ("schedule.warmup_steps=251", "exceed training.steps 250"),
         ("data.validation_fraction=1.0", "data.validation_fraction: "),
         ("data.validation_fraction=0.0", "training.eval_every needs held-out text"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0: "),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay: "),
+        (f"seed={2**64}", "seed: Input should be less than"),
+        ("model={[a]: 1}", "--set model={[a]: 1}: line 1: a key is a word"),
         ("nonsense", "write KEY=VALUE"),
         ("name=[1", "is not YAML"),
         ("seed.x=1", "seed"),
@@ -89,7 +96,14 @@ def test_extends_lays_one_file_over_another_and_only_once(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: 1\na: 2\n", "line 2: a is given twice"), ("- 1\n", "mapping"), ("a: [\n", "not valid YAML"), ("", "mapping")],
+    [
+        ("a: 1\na: 2\n", "line 2: a is given twice"),
+        ("a: 1\n? [b, c]\n: 2\n", "line 2: a key is a word, not a list"),
+        ("1: 2\n", "a key is a word, not a int"),
+        ("- 1\n", "mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("", "mapping"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
