@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 RunPath = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time on Python 3.10)
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set training.steps=200. Repeatable."),
 ]
 
@@ -45,7 +45,7 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Continue a run although its config changed.")
     ] = False,
-    local_rank: Annotated[Optional[int], typer.Option("--local_rank", hidden=True)] = None,  # noqa: UP045
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many."""
     from sisa_dist.training.trainer import train as run
