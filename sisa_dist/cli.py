@@ -90,11 +90,21 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
-    """Check this machine: versions, devices, process groups, and the score path against its oracle."""
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML file: show and check its layout too.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine; with a CONFIG, under any launcher, also the mesh, the slices and that all ranks agree."""
     from sisa_dist.training.doctor import diagnose
 
-    raise typer.Exit(0 if diagnose() else 1)
+    passed = diagnose()
+    if config is not None:
+        from sisa_dist.training.layout import diagnose_layout
+
+        passed = diagnose_layout(load_config(config, overrides or ())) and passed
+    elif overrides:
+        raise UserError("--set has no effect without a CONFIG: name the run's YAML file")
+    raise typer.Exit(0 if passed else 1)
 
 
 def main() -> None:

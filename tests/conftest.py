@@ -44,6 +44,17 @@ TINY = [
 ]
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """`-m gpu` on a machine with a GPU fails where every test was skipped: it would prove nothing."""
+    wanted = session.config.getoption("markexpr").replace("not gpu", "")
+    if "gpu" not in wanted or not torch.cuda.is_available() or session.config.option.collectonly or exitstatus:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not reporter.stats.get("passed"):
+        reporter.write_line("no gpu test ran on this machine, which has a GPU", red=True)
+        session.exitstatus = 1
+
+
 @pytest.fixture(scope="session")
 def tiny_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides of configs/quickstart.yaml for a model of 10 000 parameters on prepared text of this repository."""

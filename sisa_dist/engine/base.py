@@ -6,13 +6,14 @@ asks which engine it has, and an engine never looks inside a mixer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from sisa_dist.parallel.apply import Slice
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Engine(Protocol):
 
     dp_rank: int
     dp_size: int
+
+    @property
+    def slices(self) -> Mapping[str, Slice]:
+        """What tensor parallelism gave this rank, by full parameter name."""
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches. Collective."""
@@ -45,6 +50,9 @@ class Engine(Protocol):
 
         Checkpoints read them and write into them in place.
         """
+
+    def unequal_replicas(self) -> dict[str, list[str]]:
+        """By mesh axis, names of weights that its ranks should hold alike, to the bit, but do not. Collective."""
 
     def set_step(self, step: int) -> None:
         """Optimizer steps taken so far (Adam's bias correction); called after a load."""

@@ -18,30 +18,38 @@ from sisa_dist.model import LM
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
 
+EVERYWHERE = ("tp", "dp_shard", "dp_replicate")
+
 
 def check_step(model: LM, slices: Mapping[str, Slice], mesh: Mesh, *, step: int) -> None:
     """Between backward and clipping. Collective. Raises RuntimeError on every rank, naming the first parameter."""
     if model.config.tie_embeddings and any(name.startswith("head.") for name, _ in model.named_parameters()):
         raise RuntimeError(f"step {step}: embeddings are tied but the head has a weight of its own")
-    named = list(model.named_parameters())
-    for name, parameter in named:
+    weights, gradients = {}, {}
+    for name, parameter in model.named_parameters():
         if parameter.grad is None:
             raise RuntimeError(f"step {step}: {name} has no gradient: it is not part of the loss")
-    broken = torch.stack([(~_local(p.grad).isfinite()).any().to(mesh.device) for _, p in named])  # type: ignore[arg-type]
-    _report(
-        mesh.sum_over(broken.long(), "tp", "dp_shard", "dp_replicate"),
-        named,
-        f"step {step}: a gradient of {{}} is not finite",
-    )
-    whole = [(name, p) for name, p in named if slices[name].tp_dim is None]
-    for axis, replicas in (("tp", whole), ("dp_replicate", named)):
-        for kind, tensors in (
-            ("weights", [_local(p) for _, p in replicas]),
-            ("gradients", [_local(p.grad) for _, p in replicas]),  # type: ignore[arg-type]
-        ):
-            differs = _differ(torch.stack([checksum(t).to(mesh.device) for t in tensors]), mesh, axis)
-            everywhere = mesh.sum_over(differs.long(), "tp", "dp_shard", "dp_replicate")
-            _report(everywhere, replicas, f"step {step}: ranks along {axis} hold different {kind} of {{}}")
+        weights[name], gradients[name] = _local(parameter), _local(parameter.grad)
+    broken = torch.stack([(~grad.isfinite()).any().to(mesh.device) for grad in gradients.values()])
+    if names := _anywhere(broken, list(gradients), mesh):
+        raise RuntimeError(f"step {step}: a gradient of {_listed(names)} is not finite")
+    for kind, tensors in (("weights", weights), ("gradients", gradients)):
+        for axis, names in unequal_replicas(tensors, slices, mesh).items():
+            if names:
+                raise RuntimeError(f"step {step}: ranks along {axis} hold different {kind} of {_listed(names)}")
+
+
+def unequal_replicas(tensors: Mapping[str, Tensor], slices: Mapping[str, Slice], mesh: Mesh) -> dict[str, list[str]]:
+    """Names of the parameters that ranks along tp, or along dp_replicate, should hold alike but do not. Collective.
+
+    By checksums: two numbers a tensor are sent. The same answer on every rank.
+    """
+    whole = [name for name in tensors if slices[name].tp_dim is None]
+    found = {}
+    for axis, names in (("tp", whole), ("dp_replicate", list(tensors))):
+        sums_PK = torch.stack([checksum(_local(tensors[name])).to(mesh.device) for name in names])
+        found[axis] = _anywhere(_differ(sums_PK, mesh, axis), names, mesh)
+    return found
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -59,10 +67,14 @@ def _differ(sums_PK: Tensor, mesh: Mesh, axis: str) -> Tensor:
     return (most != least).any(1)
 
 
-def _report(bad_P: Tensor, named: list, message: str) -> None:
-    names = [name for (name, _), bad in zip(named, bad_P.tolist(), strict=True) if bad]
-    if names:
-        raise RuntimeError(message.format(names[0]) + (f" and of {len(names) - 1} others" if names[1:] else ""))
+def _anywhere(bad_P: Tensor, names: list[str], mesh: Mesh) -> list[str]:
+    """The names marked on any rank."""
+    counts = mesh.sum_over(bad_P.long(), *EVERYWHERE).tolist()
+    return [name for name, count in zip(names, counts, strict=True) if count]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] + (f" and of {len(names) - 1} others" if names[1:] else "")
 
 
 def _local(tensor: Tensor) -> Tensor:

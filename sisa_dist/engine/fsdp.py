@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
-from sisa_dist.engine.checks import check_step
+from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
@@ -103,6 +103,9 @@ class FSDP2Engine:
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}.{name}"] = self._as_global(name, self.optimizer.state[parameter][moment])
         return state
+
+    def unequal_replicas(self) -> dict[str, list[str]]:
+        return unequal_replicas(dict(self.model.named_parameters()), self.slices, self.mesh)
 
     def set_step(self, step: int) -> None:
         self.step_number = step

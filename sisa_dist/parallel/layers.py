@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,17 +102,22 @@ def sum_gradients(
 ) -> None:
     """Reads of `module.name` go through `copy`: each rank's gradient is a part, the parameter gets the sum.
 
-    With `rows` the module sees only that range of the parameter's rows. Reading is by a property of a class made for
-    this one module, so the stored parameter keeps its name and an engine may swap it as it likes.
+    With `rows` the module sees only that range of the parameter's rows. Reading is by a property, so the stored
+    parameter keeps its name and an engine may swap it as it likes.
     """
+    module.__class__ = _reading_through_copy(type(module), name)  # type: ignore[arg-type]
+    module.__dict__.setdefault("summed", {})[name] = (group, rows)
 
+
+@functools.cache  # one class for all blocks, or torch.compile would compile each block anew
+def _reading_through_copy(cls: type[nn.Module], name: str) -> type[nn.Module]:
     def read(module: nn.Module) -> Tensor:
         stored = module._parameters[name]
         assert stored is not None
         if stored.is_meta or isinstance(stored, DTensor):
             return stored  # outside forward: what is stored, without a node of a graph that would hold on to it
+        group, rows = module.__dict__["summed"][name]
         whole = collectives.copy(stored, group)
         return whole if rows is None else whole[rows[0] : rows[1]]
 
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), {name: property(read), "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {name: property(read), "__module__": cls.__module__})

@@ -89,7 +89,9 @@ def init_mesh(parallel: ParallelConfig, *, device: str = "auto") -> Mesh:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     replicate, shard, tp = _sizes(parallel, world_size)
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        # NCCL wants a GPU for each rank; ranks that share one, as in tests, talk over gloo.
+        crowded = torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        backend = "gloo" if chosen.type == "cpu" or crowded else "cpu:gloo,cuda:nccl"
         if world_size > 1:
             dist.init_process_group(backend)
         else:
@@ -121,6 +123,6 @@ def _device(name: str) -> torch.device:
         raise UserError("device is cuda but this machine has no usable CUDA device: set device to cpu or auto")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

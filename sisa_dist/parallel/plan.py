@@ -78,6 +78,8 @@ def check_tp(model: ModelConfig, tp: int) -> None:
             remedy += f", or model.vocab_multiple to a multiple of {tp}, such as 128"
         elif misfit == "kv_heads":
             remedy += ", or model.n_kv_heads to a divisor or a multiple of it"
+        elif misfit == "d_ff":
+            remedy += f", or model.d_ff to {size // tp * tp} or {(size // tp + 1) * tp}"
         else:
             remedy += f", or model.{misfit} to a multiple of {tp}"
         raise UserError(f"parallel.tp {tp} does not divide {name} {size}: {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import tempfile
@@ -18,13 +19,13 @@ from rich.table import Table
 from sisa_dist import __version__
 from sisa_dist.config import ParallelConfig, UserError
 from sisa_dist.ops import sisa_attention
-from sisa_dist.parallel.mesh import init_mesh
+from sisa_dist.parallel.mesh import AXES, init_mesh
 
 _OPTIONAL = {"flash-attn": "flash_attn", "megablocks": "megablocks", "deepspeed": "deepspeed", "wandb": "wandb"}
 
 
 def diagnose() -> bool:
-    """Print one table; True where every check passed. An absent optional package is no failure."""
+    """Print one table, on the first rank of a launch; True where every check passed. Absent extras are no failure."""
     table = Table("check", "", "what was found", title=f"sisa {__version__}", title_justify="left")
     passed = True
     for name, check in _CHECKS.items():
@@ -38,7 +39,8 @@ def diagnose() -> bool:
             table.add_row(package, "[green]ok[/]", importlib.metadata.version(package))
         else:
             table.add_row(package, "-", "not installed (optional)")
-    Console(highlight=False).print(table)
+    if int(os.environ.get("RANK", "0")) == 0:
+        Console(highlight=False).print(table)
     return passed
 
 
@@ -74,16 +76,16 @@ def _score_path() -> str:
 
 def _process_group() -> str:
     mesh = init_mesh(ParallelConfig())
-    total = mesh.sum_over_dp(torch.ones(1, device=mesh.device)).item()
-    assert total == mesh.dp_size, f"a sum of ones over {mesh.dp_size} ranks gave {total}"
-    return f"{mesh.dp_size} process(es) on {mesh.device.type}"
+    total = mesh.sum_over(torch.ones(1, device=mesh.device), *AXES).item()
+    assert total == mesh.world_size, f"a sum of ones over {mesh.world_size} ranks gave {total}"
+    return f"{mesh.world_size} process(es) on {mesh.device.type}"
 
 
 def _checkpoint() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        dcp.save({"x": torch.arange(8.0)}, checkpoint_id=Path(folder) / "c")
+        dcp.save({"x": torch.arange(8.0)}, checkpoint_id=Path(folder) / "c", no_dist=True)
         back = {"x": torch.zeros(8)}
-        dcp.load(back, checkpoint_id=Path(folder) / "c")
+        dcp.load(back, checkpoint_id=Path(folder) / "c", no_dist=True)
         assert torch.equal(back["x"], torch.arange(8.0)), "a tensor came back changed"
     return f"written and read back; {shutil.disk_usage('.').free / 1e9:.0f} GB free here"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.fsdp import FSDP2Engine
+from sisa_dist.engine.optim import build_optimizer
+from sisa_dist.model import build_model
 from sisa_dist.model.init import Constant, Normal
 from sisa_dist.parallel.mesh import init_mesh
 
 STEPS = 5
+LR = 2e-3
 WINDOWS, TOKENS = 4, 40
 VOCAB = 61  # padded to 64: the last rank's slice has padding in it
 
@@ -51,6 +55,7 @@ class Case:
     tied: bool = True
     documents: bool = False
     checkpointing: bool = False
+    engine: tuple[tuple[str, Any], ...] = ()  # further keys of the engine block: options that change no number
 
     @property
     def world_size(self) -> int:
@@ -70,9 +75,10 @@ class Case:
                 "model": model | {"init_std": 0.1},
                 "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
                 "parallel": LAYOUTS[self.layout][1],
-                "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing},
+                "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}
+                | dict(self.engine),
                 # eps well above rounding noise: Adam turns noise in a vanishing gradient into a whole step of lr.
-                "optimizer": {"lr": 2e-3, "eps": 1e-6, "grad_clip": 0.5},
+                "optimizer": {"lr": LR, "eps": 1e-6, "grad_clip": 0.5},
                 "schedule": {"warmup_steps": 0},
                 "training": {"steps": STEPS, "seq_len": TOKENS, "global_batch_tokens": WINDOWS * TOKENS},
             },
@@ -80,7 +86,14 @@ class Case:
         )
 
     def reference(self) -> Case:
-        return Case(**(self.__dict__ | {"layout": "tp1"}))
+        return dataclasses.replace(self, layout="tp1", engine=())
+
+    def __str__(self) -> str:
+        flags = [name for name in ("qk_norm", "untied", "documents", "checkpointing") if self._has(name)]
+        return "-".join([self.layout, self.mixer, f"kv{self.n_kv_heads}", self.d_s, self.precision, *flags])
+
+    def _has(self, flag: str) -> bool:
+        return not self.tied if flag == "untied" else getattr(self, flag)
 
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -104,21 +117,26 @@ def full_product() -> list[Case]:
 
 
 def covering_subset() -> list[Case]:
-    """Cases in which every pair of values of two axes occurs, chosen greedily and always the same."""
+    """Cases in which every pair of values of two axes occurs, and every layout × mixer × precision, because fp32 sees
+    what bf16 hides. Chosen greedily and always the same."""
     names = list(AXES)
+    together = [*itertools.combinations(range(len(names)), 2)]
+    together.append(tuple(names.index(axis) for axis in ("layout", "mixer", "precision")))  # type: ignore[arg-type]
 
-    def pairs(values: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
-        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(names)), 2)}
+    def combinations(values: tuple[Any, ...]) -> set[tuple[tuple[int, Any], ...]]:
+        return {tuple((i, values[i]) for i in axes) for axes in together}
 
-    missing = set().union(*(pairs(values) for values in itertools.product(*AXES.values())))
+    missing = set().union(*(combinations(values) for values in itertools.product(*AXES.values())))
     rng = np.random.Generator(np.random.Philox(key=[0, 0]))
     chosen = []
     while missing:
-        drawn = [tuple(AXES[axis][rng.integers(len(AXES[axis]))] for axis in names) for _ in range(300)]
-        i, a, j, b = min(missing, key=repr)  # a drawing is made to hold one that is missing, so the end is certain
-        drawn = [tuple(a if n == i else b if n == j else value for n, value in enumerate(values)) for values in drawn]
-        best = max(drawn, key=lambda values: len(pairs(values) & missing))
-        missing -= pairs(best)
+        wanted = dict(max(missing, key=lambda combination: (len(combination), repr(combination))))
+        drawn = [
+            tuple(wanted.get(i, AXES[axis][rng.integers(len(AXES[axis]))]) for i, axis in enumerate(names))
+            for _ in range(200)
+        ]
+        best = max(drawn, key=lambda values: len(combinations(values) & missing))
+        missing -= combinations(best)
         chosen.append(Case(*best))
     return chosen
 
@@ -136,13 +154,13 @@ class Outcome:
     final: dict[str, Tensor]
 
 
-def run_case(case: Case, mutation: str | None = None) -> Outcome | None:
-    """Train `case` for five clipped steps on the ranks of this process group (or one process)."""
+def run_case(case: Case, mutation: str | None = None, *, device: str = "cpu") -> Outcome | None:
+    """Train `case` for five clipped steps on the ranks of this process group, all of which have the same `case`."""
     from distributed.mutations import mutated
 
-    with _constants_with_noise(), mutated(mutation) as mutate_engine:
+    with constants_with_noise(), mutated(mutation) as mutate_engine:
         config = case.config()
-        mesh = init_mesh(config.parallel, device=DEVICE)
+        mesh = init_mesh(config.parallel, device=device)
         engine = build_engine(config, mesh)
         assert isinstance(engine, FSDP2Engine)
         mutate_engine(engine)
@@ -161,16 +179,40 @@ def run_case(case: Case, mutation: str | None = None) -> Outcome | None:
 
         engine._clip = clip  # type: ignore[method-assign]
         results = [
-            engine.train_step(micro_batches(case, step, mesh.dp_rank, mesh.dp_size), 2e-3) for step in range(STEPS)
+            engine.train_step(micro_batches(case, step, mesh.dp_rank, mesh.dp_size), LR) for step in range(STEPS)
         ]
-        losses, norms = [r.loss for r in results], [r.grad_norm for r in results]
         final = _weights(engine)
     if not mesh.is_main:
         return None
+    losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
     return Outcome(initial, log_prob, is_argmax, losses, norms, gradients, final)
 
 
-DEVICE = "cpu"
+def run_plain(case: Case) -> Outcome:
+    """The same training as a plain PyTorch loop, with nothing of ours but the model: the reference in fp32."""
+    with constants_with_noise():
+        config = case.config()
+        model = build_model(config.model, attention=config.attention)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    everything = batch(case, 0)
+    with torch.no_grad():
+        log_prob, is_argmax = model(everything.tokens, everything.labels, doc_ids_BT=everything.doc_ids, per_token=True)
+    optimizer = build_optimizer(model, config.optimizer)
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        whole = batch(case, step)
+        loss_sum, count = model(whole.tokens, whole.labels, doc_ids_BT=whole.doc_ids)
+        (loss_sum / count).backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            group["lr"] = LR * group["lr_ratio"]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss_sum / count).item())
+        norms.append(norm.item())
+    final = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Outcome(initial, log_prob, is_argmax, losses, norms, gradients, final)
 
 
 def batch(case: Case, step: int) -> Batch:
@@ -196,7 +238,7 @@ def micro_batches(case: Case, step: int, dp_rank: int, dp_size: int) -> list[Bat
 
 
 @contextlib.contextmanager
-def _constants_with_noise() -> Iterator[None]:
+def constants_with_noise() -> Iterator[None]:
     """Gains, biases and λ start unlike each other, or a slice from the wrong rank would change nothing."""
     real = Constant.draw
 

@@ -7,6 +7,7 @@ them, so a pool with a failure is killed, and the next job starts another.
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -40,10 +41,10 @@ class Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """`function(*arguments)` on every rank; results by rank. RankFailed where one raises, dies or hangs."""
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        """`function(*arguments, **options)` on every rank; results by rank. RankFailed if one raises or hangs."""
         for pipe in self._pipes:
-            pipe.send((function, arguments))
+            pipe.send((function, arguments, options))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + TIMEOUT
         while len(results) < len(self._pipes):
@@ -74,11 +75,11 @@ class Pool:
 _POOLS: dict[int, Pool] = {}
 
 
-def run_job(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on the ranks of the pool of `world_size`."""
+def run_job(world_size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+    """`function(*arguments, **options)` on the ranks of the pool of `world_size`."""
     pool = _POOLS.get(world_size) or _POOLS.setdefault(world_size, Pool(world_size))
     try:
-        return pool.run(function, *arguments)
+        return pool.run(function, *arguments, **options)
     except RankFailed:
         _POOLS.pop(world_size).kill()
         raise
@@ -97,15 +98,17 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # Looking at whole tensors under tp × dp gathers twice, which is slow and of no account here.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "gloo" if torch.cuda.device_count() < world_size else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     while True:
         try:
-            function, arguments = pipe.recv()
+            function, arguments, options = pipe.recv()
         except EOFError:
             os._exit(0)
         try:
-            outcome = (True, function(*arguments))
+            outcome = (True, function(*arguments, **options))
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)

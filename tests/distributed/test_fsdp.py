@@ -11,7 +11,7 @@ import torch
 
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
-from sisa_dist.config import RunConfig, UserError, dump_config
+from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.parallel.mesh import init_mesh
@@ -127,6 +127,28 @@ def test_resume_on_two_processes_is_bit_equal_and_moves_to_one(tiny: RunConfig, 
     train(moved, quiet=True)
     for a, b in zip(losses(tmp_path / "moved"), losses(tmp_path / "straight"), strict=True):
         assert a[3] == b[3] and abs(a[1] - b[1]) < 1e-5
+
+
+def test_a_run_moves_between_tensor_parallel_layouts(tiny: RunConfig, tmp_path: Path) -> None:
+    """Half of it at tp 2 × dp 2 with sequence parallelism, half on one process, either way round."""
+    sections = {"training": {"micro_batch_size": 1}}
+    cut = {"parallel": ParallelConfig(tp=2, sequence_parallel=True).model_dump()}
+    straight = _with(tiny, tmp_path / "straight", **sections)
+    train(straight, quiet=True)
+    there, back = _with(tiny, tmp_path / "there", **sections), _with(tiny, tmp_path / "back", **sections)
+    run_ranks(_train, 4, tmp_path / "a", _with(there, tmp_path / "there", **cut), 5)
+    train(there, quiet=True)
+    _train(back, 5)
+    run_ranks(_train, 4, tmp_path / "b", _with(back, tmp_path / "back", **cut))
+    want = tensors(list_checkpoints(tmp_path / "straight")[-1])
+    for run in ("there", "back"):
+        for a, b in zip(losses(tmp_path / run), losses(tmp_path / "straight"), strict=True):
+            assert a[3] == b[3] and abs(a[1] - b[1]) < 1e-5
+        got = tensors(list_checkpoints(tmp_path / run)[-1])
+        assert got.keys() == want.keys()
+        for key, tensor in want.items():
+            assert got[key].shape == tensor.shape
+            assert (got[key] - tensor).abs().max() < (1e-4 if key.startswith("model.") else 1e-6), key
 
 
 def test_torchrun_trains_and_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_path: Path) -> None:

@@ -71,14 +71,17 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         shape = "causal" if self.causal else "rectangles"
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{shape}, {dtype}, d_qk {self.d_qk}, d_v {self.d_v}, {self.group} heads a kv head, {self.device}"
+        return f"{shape}, {dtype}, d_qk {self.d_qk}, d_v {self.d_v}, {self.group} query heads a kv head, {self.device}"
 
 
 def check_name(name: str, device: torch.device) -> None:
-    """UserError for a backend that does not exist, or not on this device. Costs nothing: neither import nor probe."""
+    """UserError for a backend that does not exist, or not on this device. Costs nothing: neither import nor probe.
+
+    On the meta device, where nothing is computed, any will do.
+    """
     if name not in NAMES:
         raise UserError(f"attention.backend {name!r} is unknown: set one of {', '.join(NAMES)}")
-    if name != "auto" and KERNELS[name].device not in ("any", device.type):
+    if name != "auto" and KERNELS[name].device not in ("any", device.type) and device.type != "meta":
         here = ["auto", *(n for n, kernel in KERNELS.items() if kernel.device in ("any", device.type))]
         raise UserError(
             f"attention.backend {name} runs on {KERNELS[name].device} only: on {device.type} set {' or '.join(here)}"
@@ -114,6 +117,10 @@ def choose(case: Case, wanted: str) -> str:
         return wanted
     if case.device.type != "cuda":
         return "products"
-    name = next(name for name in CUDA_ORDER if unfit(name, case) is None)
-    logger.info("attention backend for %s: %s", case, name)
+    refused = []
+    for name in CUDA_ORDER:
+        if (reason := unfit(name, case)) is None:
+            break
+        refused.append(f"; not {name}: {reason}")
+    logger.info("attention backend for %s: %s%s", case, name, "".join(refused))
     return name

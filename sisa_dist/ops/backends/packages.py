@@ -28,8 +28,8 @@ FOUR = "flash_attn.cute.interface"
 def _missing(module: str, remedy: str) -> str | None:
     try:
         importlib.import_module(module)
-    except ImportError as error:  # absent, or built against another torch
-        return f"{remedy} ({error})"
+    except Exception as error:  # absent, built against another torch, or without its own dependencies
+        return f"{remedy} ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     return None
 
 

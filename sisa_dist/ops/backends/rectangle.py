@@ -3,9 +3,9 @@
 The two functions the bisected path needs, over whichever kernel serves; on CPU the number of keys decides between
 flash and products, elsewhere the shape class does (choice.py).
 
-Layout: q `[M, n, R, D]`, k and v `[N, n, S, D]`, M a multiple of N (query batch m reads kv batch m // (M / N)), v
-zero beyond its first `d_v` channels and `value_width` wide, so that any kernel's width is a slice of it. out, dout
-`[M, n, R, D]` likewise; lse `[M, n, R]`, natural logarithm. All may be strided views.
+Layout: q `[M, n, R, D]`, k `[N, n, S, D]`, v `[N, n, S, ·]`, M a multiple of N (query batch m reads
+kv batch m // (M / N)), v `value_width` wide, as the kernel wants it, and zero beyond its first `d_v` channels. out,
+dout `[M, n, R, ·]` likewise; lse `[M, n, R]`, natural logarithm. All may be strided views.
 """
 
 from __future__ import annotations
@@ -80,10 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, d_v: int, scale: float, backend: 
     name = _name(case, backend, num_keys=k.shape[2], backward=False)
     if name == "products":
         return products_forward(q, k, v[..., :d_v], scale=scale)
-    kernel = KERNELS[name]
-    v = v[..., : kernel.widths(case.d_qk, case.d_v)[1]]
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    out, lse = kernel.forward(q, k, v, causal=False, scale=scale)
+    out, lse = KERNELS[name].forward(q, k, v, causal=False, scale=scale)
     return out.transpose(0, 1), lse.transpose(0, 1)
 
 
@@ -99,8 +97,6 @@ def attend_backward(
     name = _name(case, backend, num_keys=k.shape[2], backward=True)
     if name == "products":
         return Gradients(*products_backward(dout[..., :d_v], q, k, v[..., :d_v], lse, delta, scale=scale))
-    kernel = KERNELS[name]
-    dout, v, out = (x[..., : kernel.widths(case.d_qk, case.d_v)[1]] for x in (dout, v, out))
     dout, q, k, v, out, lse = (x.transpose(0, 1) for x in (dout, q, k, v, out, lse))
-    grads = kernel.backward(dout, q, k, v, out, lse, causal=False, scale=scale)
+    grads = KERNELS[name].backward(dout, q, k, v, out, lse, causal=False, scale=scale)
     return Gradients(*(x.transpose(0, 1) for x in grads))

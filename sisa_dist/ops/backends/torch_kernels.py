@@ -7,6 +7,8 @@ so the random state that the backward operators take is never read.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,26 +44,27 @@ def _flash_backward(
     )  # fmt: skip
 
 
-# cuDNN's statistics are [b, h, R, 1] from torch 2.9 on and were [b, h, R] before, and the backward wants what the
-# forward gave: the probe's forward, always the first call, says which.
-_cudnn_lse_dims = 4
-
-
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    global _cudnn_lse_dims
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    _cudnn_lse_dims = lse.ndim
     return out, lse.reshape(q.shape[:3])
+
+
+@functools.cache
+def _cudnn_lse_dims(device: torch.device) -> int:
+    """4 for statistics [b, h, R, 1] (torch 2.9 on), 3 for [b, h, R]: the backward wants what the forward gives."""
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
+    return aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False, scale=1.0)[1].ndim
 
 
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> Three:
     lse = lse.contiguous()
+    if _cudnn_lse_dims(q.device) == 4:
+        lse = lse[..., None]
     seed = torch.empty((), dtype=torch.int64, device=q.device)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None] if _cudnn_lse_dims == 4 else lse, seed, seed, None, None, None,
-        q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+        dout, q, k, v, out, lse, seed, seed, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
     )  # fmt: skip
 
 

@@ -1,0 +1,145 @@
+"""`sisa doctor CONFIG`, under any launcher: who holds what, which kernels serve, and whether all ranks agree."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+import data_pipeline
+import sisa_dist
+from sisa_dist.config import RunConfig, dump_config
+from sisa_dist.engine import build_engine
+from sisa_dist.ops.backends import explain_backends
+from sisa_dist.parallel.apply import Slice
+from sisa_dist.parallel.mesh import AXES, Mesh, init_mesh
+from sisa_dist.parallel.plan import check_tp
+
+
+def diagnose_layout(config: RunConfig) -> bool:
+    """Build the run's engine and print its layout; True where all ranks agree. Collective; the main rank prints.
+
+    Trains and writes nothing. Raises UserError where the config does not fit the launch.
+    """
+    check_tp(config.model, config.parallel.tp)
+    mesh = init_mesh(config.parallel, device=config.device)
+    engine = build_engine(config, mesh)
+    everyone: list[dict[str, Any]] = [{} for _ in range(mesh.world_size)]
+    dist.all_gather_object(everyone, _identity(config, mesh))
+    unequal = engine.unequal_replicas()
+    agreement = _agreement(everyone, unequal)
+    if mesh.is_main:
+        console = Console(highlight=False)
+        for table in (
+            _mesh_table(everyone),
+            _slice_table(engine.slices, mesh),
+            _backend_table(config, mesh),
+            agreement[0],
+        ):
+            console.print(table)
+    return agreement[1]
+
+
+def _identity(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    tokenizer = config.data_folder / "tokenizer.model"
+    return {
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
+        "place": [mesh.device_mesh.get_local_rank(axis) for axis in AXES],
+        "config": _hash(dump_config(config).encode()),
+        "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer.is_file() else "not prepared",
+        "code": code_version(),
+        "torch": torch.__version__,
+    }
+
+
+def code_version() -> str:
+    """A hash of every source file of the two packages: edited files count, whatever git says."""
+    folders = [Path(package.__path__[0]) for package in (sisa_dist, data_pipeline)]
+    files = [(path.relative_to(folder.parent), path) for folder in folders for path in folder.rglob("*.py")]
+    return _hash(b"".join(str(name).encode() + path.read_bytes() for name, path in sorted(files)))
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _mesh_table(everyone: list[dict[str, Any]]) -> Table:
+    table = Table("rank", "host", "device", *AXES, title="mesh: place on each axis", title_justify="left")
+    for rank, found in enumerate(everyone):
+        table.add_row(str(rank), found["host"], found["device"], *map(str, found["place"]))
+    return table
+
+
+def _slice_table(slices: Mapping[str, Slice], mesh: Mesh) -> Table:
+    """One line for what is alike in all blocks."""
+    table = Table(title_justify="left")
+    table.add_column("parameter", no_wrap=True, overflow="fold")
+    for column in ("shape", "held by each tp rank", "gradient"):
+        table.add_column(column)
+    table.title = f"slices: tp {mesh.tp_size}, then FSDP cuts dim 0 of a slice by {mesh.size('dp_shard')}"
+    kinds: dict[tuple[str, Slice], list[str]] = {}
+    for name, part in slices.items():
+        kinds.setdefault((re.sub(r"^blocks\.\d+", "blocks.*", name), part), []).append(name)
+    for (pattern, part), names in kinds.items():
+        if part.tp_dim is None:
+            held = "all of it"
+        else:
+            ranges = [part.of(rank, mesh.tp_size)[part.tp_dim] for rank in range(mesh.tp_size)]
+            held = f"dim {part.tp_dim}: " + ", ".join(f"{r.start}–{r.stop - 1}" for r in ranges)
+        gradient = "its own" if part.tp_dim is not None else "the same on all"
+        if part.tp_grad == "partial":
+            gradient = "a part, summed over tp"
+        shape = " × ".join(map(str, part.shape))
+        table.add_row(pattern if len(names) > 1 else names[0], shape, held, gradient)
+    return table
+
+
+def _backend_table(config: RunConfig, mesh: Mesh) -> Table:
+    table = Table("layers", "backend", "", "why", title="attention backends", title_justify="left")
+    model, tp = config.model, mesh.tp_size
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    group = (model.n_heads // tp) // max(model.kv_heads // tp, 1)
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for layer, kind in enumerate(zip(model.layer_mixers, model.layer_d_s, strict=True)):
+        kinds.setdefault(kind, []).append(str(layer))
+    for (mixer, d_s), layers in kinds.items():
+        d_qk = model.width_per_head + d_s + (config.data.document_mask if mixer == "sisa" else 0)
+        verdicts = explain_backends(
+            mesh.device,
+            dtype,
+            d_qk=d_qk,
+            d_v=model.width_per_head,
+            group=group,
+            causal=mixer == "attention",
+            backend=config.attention.backend,
+        )
+        label = f"{mixer}{f', d_s {d_s}' if d_s else ''}: {', '.join(layers)}"
+        for verdict in verdicts:
+            table.add_row(label, verdict.name, "[green]serves[/]" if verdict.chosen else "-", verdict.reason)
+            label = ""
+    return table
+
+
+def _agreement(everyone: list[dict[str, Any]], unequal: Mapping[str, list[str]]) -> tuple[Table, bool]:
+    table = Table("agreement of all ranks", "", "", title_justify="left")
+    passed = True
+    for key in ("config", "tokenizer", "code", "torch"):
+        values = [found[key] for found in everyone]
+        odd = [str(rank) for rank, value in enumerate(values) if value != values[0]]
+        passed &= not odd
+        told = values[0] if not odd else f"rank 0 has {values[0]}; ranks {', '.join(odd)} differ"
+        table.add_row(key, "[red]differs[/]" if odd else "[green]ok[/]", told)
+    for axis, names in unequal.items():
+        passed &= not names
+        told = f"{len(names)} differ: {', '.join(names[:3])}" if names else "to the bit, by checksum"
+        table.add_row(f"weights held alike along {axis}", "[red]differs[/]" if names else "[green]ok[/]", told)
+    return table, passed

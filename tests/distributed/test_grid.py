@@ -1,0 +1,103 @@
+"""Every layout equals one process: scores, losses, every gradient, norms and the weights after five clipped steps.
+
+In fp32 the reference is a plain PyTorch loop; in bf16 the engine on one process, which alone rounds as FSDP2 does.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+
+from distributed.comparing import errors, red
+from distributed.grid import AXES, PROMISED, Case, Outcome, covering_subset, full_product, run_case, run_plain
+from distributed.mutations import MUTATIONS
+from distributed.pool import RankFailed, run_job
+
+COVERING, FULL = covering_subset(), full_product()
+
+
+@functools.cache
+def reference(case: Case) -> Outcome:
+    return run_plain(case) if case.precision == "fp32" else run_job(1, run_case, case)[0]
+
+
+def check(case: Case) -> None:
+    want = reference(case.reference())
+    got = run_job(case.world_size, run_case, case)[0]
+    clip = case.config().optimizer.grad_clip
+    assert clip is not None and min(want.norms) > clip, "clipping must be active"
+    assert all((want.final[name] - tensor).abs().max() > 1e-4 for name, tensor in want.initial.items())
+    found = errors(case, got, want)
+    assert len(found) > 60
+    assert not red(found)
+
+
+@pytest.mark.parametrize("case", sorted(COVERING, key=lambda case: case.world_size), ids=str)
+def test_layout_equals_one_process(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(FULL, key=lambda case: case.world_size), ids=str)
+def test_full_product_equals_one_process(case: Case) -> None:
+    check(case)
+
+
+def test_the_grid_is_as_large_as_it_says() -> None:
+    print(f"{len(COVERING)} covering cases, {len(FULL)} in the full product, {len(MUTATIONS)} mutations")
+    assert len(COVERING) >= 36 and len(FULL) >= 216 and len(MUTATIONS) >= 20
+    promised = [tuple(getattr(case, axis) for axis in PROMISED) for case in FULL]
+    assert len(set(promised)) == len(FULL)
+    for a, b in itertools.combinations(AXES, 2):
+        for values in itertools.product(AXES[a], AXES[b]):
+            assert any((getattr(case, a), getattr(case, b)) == values for case in COVERING), (a, b, values)
+
+
+# Where each mistake is looked for, and a term that must be red; the rest of the terms may be.
+KV_WHOLE = Case("tp2", "sisa", 1, "uniform", "fp32", qk_norm=True)
+SLICED = Case("tp2", "sisa", 4, "heterogeneous", "fp32")
+SP = Case("tp2_sp", "sisa", 4, "heterogeneous", "fp32")
+MISTAKES: dict[str, tuple[Case, str]] = {
+    "tp_dim dropped from a column": (SLICED, "norm 0"),
+    "tp_dim dropped from a row": (SLICED, "norm 0"),
+    "tp_dim given to a replicated norm": (SLICED, "norm 0"),
+    "copy without its all-reduce": (SLICED, "gradient blocks.0.norm1.weight"),
+    "copy with two all-reduces": (SLICED, "gradient blocks.0.norm1.weight"),
+    "reduce without its all-reduce": (SLICED, "score"),
+    "reduce with two all-reduces": (SLICED, "score"),
+    "gather without its reduce-scatter": (SP, "gradient blocks.0.norm1.weight"),
+    "gather with two sums": (SP, "gradient blocks.0.norm1.weight"),
+    "scatter without its sum": (SP, "score"),
+    "scatter with two sums": (SP, "score"),
+    "norm gradients not summed under sp": (SP, "gradient blocks.0.norm1.weight"),
+    "final norm gradient not summed under sp": (SP, "gradient norm.weight"),
+    "partial marked full: kv held whole": (KV_WHOLE, "gradient blocks.0.mixer.wk.weight"),
+    "partial marked full: B held whole": (KV_WHOLE, "gradient blocks.0.mixer.wb.weight"),
+    "partial marked full: decay bias held whole": (KV_WHOLE, "gradient blocks.0.mixer.decay.bias"),
+    "partial marked full: a shared gain": (KV_WHOLE, "gradient blocks.0.mixer.q_norm.weight"),
+    "λ from the wrong rank": (SLICED, "score"),
+    "loss not averaged": (Case("dp2", "sisa", 4, "uniform", "fp32"), "norm 0"),
+    "embedding without its mask": (SLICED, "score"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_turns_the_grid_red(name: str) -> None:
+    case, term = MISTAKES[name]
+    got = run_job(case.world_size, run_case, case, name)[0]
+    found = red(errors(case, got, reference(case.reference())))
+    assert term in found, found
+
+
+def test_a_rank_that_fails_is_reported_and_the_pool_lives_on() -> None:
+    with pytest.raises(RankFailed, match="KeyError"):
+        run_job(2, run_case, SLICED, "no such mistake")
+    assert run_job(2, _world) == [2, 2]
+
+
+def _world() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size()
