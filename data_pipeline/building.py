@@ -22,7 +22,8 @@ def built_beside(folder: Path) -> Iterator[Path]:
     """
     building, old = (folder.with_name(folder.name + suffix) for suffix in (".building", ".old"))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(folder.name + ".lock"), folder):
+    busy = f"{folder}: another process is preparing it: wait until it is done"
+    with locked(folder.with_name(folder.name + ".lock"), busy):
         for leftover in (building, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -40,17 +41,20 @@ def built_beside(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    """Holds `path` locked, and removes it at the end. The kernel drops the lock of a killed process."""
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds the file `path` locked, and removes it at the end; UserError(`busy`) where another process holds it.
+
+    The kernel drops the lock of a killed process.
+    """
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise UserError(f"{folder}: another process is preparing it: wait until it is done") from None
-        except OSError as error:  # some network file systems have no locks, and most preparations have no rival
-            warnings.warn(f"{path}: cannot be locked ({error}): run one `sisa prepare` at a time here", stacklevel=2)
+            raise UserError(busy) from None
+        except OSError as error:  # some network file systems have no locks, and most folders have no rival
+            warnings.warn(f"{path}: cannot be locked ({error}): let one process at a time work here", stacklevel=2)
         if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
             break
         os.close(handle)  # its holder removed the file between our open and our lock

@@ -1,26 +1,22 @@
 """`sisa prepare`: documents → tokenizer → token shards of a training and a held-out split.
 
-Everything is built in a folder beside and renamed, so what stands at data_folder is whole. prepared.json says what it
-was made from: the same settings and inputs are up to date, others are an error unless forced. The run's seed has no
-part in it, so that runs that differ in the seed share one folder.
+Everything is built in a folder beside and renamed, so what stands at data_folder is whole. prepared.json (manifest.py)
+says what it was made from: the same settings and inputs are up to date, others are an error unless forced.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data_pipeline.building import built_beside
 from data_pipeline.holdout import split_documents, split_value
-from data_pipeline.index import FORMAT_VERSION
+from data_pipeline.manifest import check_inputs, check_settings, describe_inputs, read_manifest, write_manifest
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Corpus, Document
 from data_pipeline.tokenizer import Tokenizer, token_dtype, train_tokenizer
@@ -40,39 +36,27 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
     `force`), an input is damaged, or no document falls into the held-out split.
     """
     folder = config.data_folder
-    corpus = Corpus(config.data.input, config.data.text_key)
-    settings = _settings(config, corpus)
     console = Console(quiet=quiet, highlight=False)
-    made = _read_manifest(folder)
+    made = read_manifest(folder)
     if made is not None and not force:
-        _compare(made["settings"], settings, folder)
-        console.print(f"{folder}: up to date")
+        check_settings(folder, config, model=True)
+        unseen = check_inputs(folder, config)
+        how = "" if unseen is None else f" by its settings; the input is not here ({unseen})"
+        console.print(f"{folder}: up to date{how}")
         return folder
     if made is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not made by `sisa prepare`: name another data.folder")
+    inputs, corpus = describe_inputs(config), Corpus(config.data.input, config.data.text_key)
     with built_beside(folder) as building:
         tokenizer = _tokenizer(config, corpus, building / "tokenizer.model", console)
         counts = _write_splits(config, corpus, tokenizer, building, console)
-        manifest = json.dumps({"settings": settings, "counts": counts}, indent=1, ensure_ascii=False)
-        (building / "prepared.json").write_text(manifest, encoding="utf-8")
+        write_manifest(building, config, inputs=inputs, counts=counts)
     for split, count in counts.items():
         console.print(
             f"{folder / split}: {count['documents']:,} documents, {count['tokens']:,} tokens, "
             f"{count['bytes'] / max(1, count['tokens']):.2f} bytes a token"
         )
     return folder
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    path = folder / "prepared.json"
-    if not path.is_file():
-        return None
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        manifest["settings"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: cannot be read, it is damaged: remove the folder {folder}") from None
-    return manifest
 
 
 def _tokenizer(config: RunConfig, corpus: Corpus, path: Path, console: Console) -> Tokenizer:
@@ -161,36 +145,6 @@ def _groups(documents: Iterator[tuple[bool, Document]]) -> Iterator[list[tuple[b
             group, length = [], 0
     if group:
         yield group
-
-
-def _settings(config: RunConfig, corpus: Corpus) -> dict[str, Any]:
-    """Everything the bytes of the data depend on."""
-    tokenizer = config.data.tokenizer
-    own = tokenizer.path
-    if own is not None and Path(own).is_file():
-        own = hashlib.sha256(Path(own).read_bytes()).hexdigest()
-    return {
-        "format": FORMAT_VERSION,
-        "data.input": [[file.name, file.size, file.mtime_ns] for file in corpus.files],
-        "data.text_key": config.data.text_key,
-        "data.tokenizer.path": own,
-        "data.tokenizer.model_type": tokenizer.model_type,
-        "data.tokenizer.sample_bytes": tokenizer.sample_bytes,
-        "data.member_tokens": config.data.member_tokens,
-        "data.shard_members": config.data.shard_members,
-        "data.validation_fraction": config.data.validation_fraction,
-        "model.vocab_size": config.model.vocab_size,
-    }
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    for key, value in new.items():
-        if old.get(key) != value:
-            said = "its files changed" if key == "data.input" else f"{key} was {old.get(key)!r} and is now {value!r}"
-            raise UserError(
-                f"{folder}: made with other settings ({key}: {said}): name another data.folder or output_dir, or "
-                "rebuild it with `sisa prepare --force`"
-            )
 
 
 def _progress(console: Console) -> Progress:

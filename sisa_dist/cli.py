@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 RunPath = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads the annotation at run time on Python 3.10)
+    list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set training.steps=200. Repeatable."),
 ]
 
@@ -45,7 +45,7 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Continue a run although its config changed.")
     ] = False,
-    local_rank: Annotated[Optional[int], typer.Option("--local_rank", hidden=True)] = None,  # noqa: UP045
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many."""
     from sisa_dist.training.trainer import train as run
@@ -76,13 +76,14 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Nucleus mass in (0, 1].")] = 0.95,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1)] = 0,
 ) -> None:
     """Continue a prompt, streaming."""
     from sisa_dist.training.generate import stream_text
 
+    made = stream_text(run, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     sys.stdout.write(prompt)
-    for text in stream_text(run, prompt=prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+    for text in made:
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -112,6 +113,11 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"sisa: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:  # no file of the user's: ours to mend, with its traceback
+            raise
+        print(f"sisa: {error.filename}: {error.strerror}: mend or name another path", file=sys.stderr)
         raise SystemExit(2) from None
 
 

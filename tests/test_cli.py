@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sisa_dist import cli
-from sisa_dist.config import RunConfig, dump_config
+from sisa_dist.config import RunConfig, UserError, dump_config
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -59,11 +59,16 @@ def test_prepare_train_eval_generate(
         (("train", "CONFIG", "--set", "training.stps=1"), "training.stps: unknown key; did you mean steps?"),
         (("train", "CONFIG", "--set", "data.folder=nowhere"), "run `sisa prepare`"),
         (("train", "CONFIG", "--set", "model.vocab_size=100"), "model.vocab_size"),
+        (("train", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens was 256 and is now 99"),
         (("train", "CONFIG", "--set", "device=cuda"), "device"),
+        (("train", "CONFIG", "--set", "output_dir=CONFIG"), "cannot be made (File exists): name another output_dir"),
+        (("train", "CONFIG", "--set", "output_dir=CONFIG/run"), "cannot be made (Not a directory)"),
         (("prepare", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens"),
         (("prepare", "CONFIG", "--set", "data.input=nothing.txt"), "nothing.txt"),
+        (("prepare", "CONFIG", "--set", "data.folder=CONFIG/data"), "File exists: mend or name another path"),
         (("eval", "nowhere"), "no checkpoint here"),
         (("generate", "nowhere"), "no checkpoint here"),
+        (("generate", "nowhere", "--prompt", "a\udcff"), "--prompt: not UTF-8 at character 1"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_2(
@@ -77,8 +82,8 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(
 
     if "device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    code, _, err = run(monkeypatch, capsys, *(str(config_file) if a == "CONFIG" else a for a in arguments))
-    assert code == 2
+    code, out, err = run(monkeypatch, capsys, *(a.replace("CONFIG", str(config_file)) for a in arguments))
+    assert (code, out) == (2, "")
     assert says in err and err.startswith("sisa: ") and err.count("\n") == 1
 
 
@@ -90,6 +95,20 @@ def test_doctor_passes_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, sisa_dist.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_wandb_without_a_login_is_one_line(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from sisa_dist.training.trainer import train
+
+    def init(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    config = tiny.model_copy(update={"logging": tiny.logging.model_copy(update={"wandb": "online"})})
+    with pytest.raises(UserError, match=r"logging\.wandb: No API key .* set logging\.wandb to offline") as caught:
+        train(config, quiet=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_wandb_offline_mirrors_the_metrics(tiny: RunConfig) -> None:
@@ -106,3 +125,15 @@ def test_wandb_offline_mirrors_the_metrics(tiny: RunConfig) -> None:
         time.sleep(0.1)
     content = log.read_bytes()
     assert b"train/loss" in content and b"evaluation/validation_loss" in content
+
+
+def test_the_largest_seed_trains_evaluates_and_generates(
+    config_file: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seed = str(2**64 - 1)
+    few = ("training.steps=2", f"seed={seed}", "evaluation.niah=true", "evaluation.niah_items=2")
+    assert run(monkeypatch, capsys, "train", str(config_file), *(f"--set={key}" for key in few))[0] == 0
+    assert run(monkeypatch, capsys, "eval", tiny.output_dir)[0] == 0
+    generate = ("generate", tiny.output_dir, "--max-tokens", "3", "--seed")
+    assert run(monkeypatch, capsys, *generate, seed)[0] == 0
+    assert run(monkeypatch, capsys, *generate, str(2**64))[0] == 2

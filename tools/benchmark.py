@@ -179,7 +179,7 @@ def _start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _loader(arguments: argparse.Namespace) -> dict[str, Any]:
     from data_pipeline.loader import Loader
-    from sisa_dist.training.trainer import open_data
+    from sisa_dist.training.run_data import open_data
 
     config = load_config(arguments.config, arguments.overrides)
     loader = Loader(

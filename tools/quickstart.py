@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # plot_run, when this file is imported rather than run
 
@@ -53,8 +54,10 @@ def _run(path: Path, overrides: list[str], prompt: str) -> None:
     prepare(config)
     _say(console, f"sisa train {path}{given}")
     train(config)
-    _say(console, f"sisa eval {run}")
-    results, results_path = evaluate_checkpoint(run)
+    results: dict[str, Any] = {}
+    if config.data.validation_fraction or config.evaluation.niah or config.evaluation.lambada:
+        _say(console, f"sisa eval {run}")
+        results, _ = evaluate_checkpoint(run)
     _say(console, f"python tools/plot_run.py {run}")
     plot = run / "curves.png"
     if plot_run.main([str(run), "--out", str(plot)]) != 0:
@@ -64,27 +67,29 @@ def _run(path: Path, overrides: list[str], prompt: str) -> None:
     console.print(f"{prompt}{sample}", markup=False)
     (run / "sample.txt").write_text(prompt + sample, encoding="utf-8")
 
-    console.print(_table(config, run, results, results_path, plot, time.perf_counter() - started))
+    console.print(_table(config, run, results, plot, time.perf_counter() - started))
 
 
 def _say(console: Console, command: str) -> None:
     console.print(f"\n$ {command}", style="bold", markup=False, soft_wrap=True)
 
 
-def _table(config: RunConfig, run: Path, results: dict, results_path: Path, plot: Path, seconds: float) -> Table:
+def _table(config: RunConfig, run: Path, results: dict[str, Any], plot: Path, seconds: float) -> Table:
     steps = read_metrics(run)["train"]
     rates = sorted(step["tokens_per_second"] for step in steps)
-    perplexity = results["perplexity"]
-    uniform, unigram = config.model.vocab_size, perplexity["unigram_perplexity"]
     table = Table(title=f"{config.name}: done in {seconds / 60:.1f} min", show_header=False, title_justify="left")
     table.add_row("training loss, first → last", f"{steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f} nats/token")
-    table.add_row("validation perplexity", f"{perplexity['perplexity']:.1f}")
-    table.add_row("  unigram / uniform baseline", f"{unigram:.1f} / {uniform} (loss {math.log(uniform):.2f})")
+    if "perplexity" in results:
+        uniform, unigram = config.model.vocab_size, results["perplexity"]["unigram_perplexity"]
+        table.add_row("validation perplexity", f"{results['perplexity']['perplexity']:.1f}")
+        table.add_row("  unigram / uniform baseline", f"{unigram:.1f} / {uniform} (loss {math.log(uniform):.2f})")
     if "niah" in results:
         table.add_row("needle in a haystack", f"{100 * results['niah']['accuracy']:.0f} %")
     table.add_row("training speed", f"{rates[len(rates) // 2]:,.0f} tokens/s (median step)")
     table.add_row("checkpoint", str(run / "checkpoints"))
-    table.add_row("metrics, evaluation", f"{run / 'metrics.jsonl'}, {results_path}")
+    table.add_row("metrics", str(run / "metrics.jsonl"))
+    if results:
+        table.add_row("evaluation", str(run / "evaluation.json"))
     table.add_row("curves", str(plot))
     table.add_row("sample", str(run / "sample.txt"))
     table.add_row("data and tokenizer", str(config.data_folder))

@@ -16,14 +16,16 @@ from sisa_dist.config.schema import RunConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4) and refuses a key given twice."""
+    """SafeLoader that reads 3e-4 as a number (YAML 1.1 wants 3.0e-4), and refuses keys given twice or no words."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key, line = self.construct_object(key_node, deep=deep), key_node.start_mark.line + 1
+            if not isinstance(key, str):  # a list would not even hash
+                raise UserError(f"line {line}: a key is a word, not a {type(key).__name__}: write KEY: VALUE")
             if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: {key} is given twice: remove one")
+                raise UserError(f"line {line}: {key} is given twice: remove one")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -56,6 +58,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"--set {override}: the value is not YAML ({_first_line(error)}): quote it") from None
+        except UserError as error:
+            raise UserError(f"--set {override}: {error}") from None
         _set_dotted(tree, key, value)
     return parse_config(tree, source=str(path))
 

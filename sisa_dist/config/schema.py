@@ -7,7 +7,7 @@ vocabulary) is checked where those are known.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
@@ -16,7 +16,7 @@ from pydantic import model_validator as _model_validator
 class Section(BaseModel):
     """A block of the YAML. Unknown keys and wrong types are errors: a typo must never train a different model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class AttentionConfig(Section):
@@ -83,9 +83,10 @@ class ModelConfig(Section):
     def _consistent(self) -> ModelConfig:
         if self.head_dim is None and self.d_model % self.n_heads:
             below = self.d_model // self.n_heads * self.n_heads
+            near = " or ".join(str(n) for n in (below, below + self.n_heads) if n)
             raise ValueError(
-                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: set d_model to {below} or "
-                f"{below + self.n_heads}, or set head_dim"
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: set d_model to {near}, or set "
+                "head_dim"
             )
         if self.width_per_head % 2:
             raise ValueError(f"head_dim {self.width_per_head} is odd and RoPE turns pairs: set an even head_dim")
@@ -118,6 +119,14 @@ class TokenizerConfig(Section):
     path: str | None = None  # an existing SentencePiece model; None: one is trained on the data
     model_type: Literal["bpe", "unigram"] = "bpe"
     sample_bytes: PositiveInt = 32_000_000  # text the trainer sees at most
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> TokenizerConfig:
+        for key in ("model_type", "sample_bytes"):
+            # A resolved config names the defaults too, and must load again.
+            if self.path is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect on a tokenizer that exists: remove it, or set path to null")
+        return self
 
 
 class DataConfig(Section):
@@ -165,7 +174,7 @@ class OptimizerConfig(Section):
     """AdamW of sisa.md §2. λ_raw, norm gains and biases are not decayed; λ_raw learns at lr × lambda_lr_ratio."""
 
     lr: PositiveFloat = 6e-4
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.1, ge=0.0)
     lambda_lr_ratio: float = Field(default=0.1, ge=0.0)
@@ -234,7 +243,7 @@ class RunConfig(Section):
     """One run. `load_config` makes it from a YAML file."""
 
     name: str = "run"
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)  # the width of a counter-based generator's key
     output_dir: str = "runs/run"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
@@ -265,6 +274,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"parallel.sequence_parallel cuts training.seq_len {seq_len} by tp {tp}, which does not divide it: set "
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
+            )
+        if self.training.eval_every is not None and self.data.validation_fraction == 0:
+            raise ValueError(
+                "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "
+                "null, or data.validation_fraction to for example 0.01"
             )
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")

@@ -82,7 +82,8 @@ def niah(
 
 def make_item(tokenizer: Tokenizer, item: int, *, context: int, seed: int, placement: Placement = "paper") -> Item:
     """Item number `item`: drawn from (seed, item) alone. Raises UserError where `context` has no room."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, item]))
+    key_words = np.array([seed, item], dtype=np.uint64)  # left to itself NumPy makes floats of a list past 2^63
+    generator = np.random.Generator(np.random.Philox(key=key_words))
     key, value = NEEDLES[int(generator.integers(len(NEEDLES)))]
     needle = tokenizer.encode(f"{key} {value}.")
     query, answer = _query(tokenizer, key, value)

@@ -46,8 +46,9 @@ def save_checkpoint(
     staging = folder / f".step_{state.step:08d}.tmp"
     if mesh.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".*"):
-            shutil.rmtree(stale)
+        for stale in (*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")):
+            if stale.is_dir():
+                shutil.rmtree(stale)
         staging.mkdir()
     mesh.barrier()
     dcp.save(engine.state_tensors(), checkpoint_id=staging)
@@ -84,6 +85,13 @@ def find_checkpoint(path: str | Path) -> Path:
     if not found:
         raise UserError(f"{path}: no checkpoint here; give a run folder or one of its checkpoints/step_… folders")
     return found[-1]
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder a checkpoint lies in."""
+    if checkpoint.parent.name != "checkpoints":  # named from inside: ".", or "step_00000300" alone
+        checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent
 
 
 def read_state(checkpoint: Path) -> TrainState:

@@ -1,4 +1,7 @@
-"""Evaluate a checkpoint by its run's config: builds the engine, loads the weights, runs the harness."""
+"""Evaluate a checkpoint by its run's config: builds the engine, loads the weights, runs the harness.
+
+The model and its tokenizer are the checkpoint's. Prepared data is needed for perplexity alone.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +10,72 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.baseline import unigram_perplexity
-from data_pipeline.loader import validation_batches
-from sisa_dist.config import load_config
+from data_pipeline.index import Index
+from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
 from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.parallel.plan import check_tp
-from sisa_dist.training.checkpoint import find_checkpoint, load_checkpoint
-from sisa_dist.training.trainer import open_data
+from sisa_dist.training.checkpoint import find_checkpoint, load_checkpoint, run_folder_of
+from sisa_dist.training.run_data import held_out_batches
 
 
 def evaluate_checkpoint(
     run: str | Path, overrides: Sequence[str] = (), *, out: Path | None = None, quiet: bool = False
 ) -> tuple[dict[str, Any], Path]:
-    """(results, JSON path). `run` is a run or checkpoint folder; overrides apply to the config stored in it."""
+    """(results, JSON path). `run` is a run or checkpoint folder; overrides apply to the config stored in it.
+
+    Without held-out text, results["skipped"] says why there is no perplexity. Raises UserError where nothing is left
+    to evaluate, or the data was made with another tokenizer than the checkpoint's.
+    """
     checkpoint = find_checkpoint(run)
+    path = out or run_folder_of(checkpoint) / "evaluation.json"
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}: make it, or name another file")
     config = load_config(checkpoint / "config.yaml", overrides)
     check_tp(config.model, config.parallel.tp)
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
+    # The run may have been moved since, or this may be another folder than it was trained from.
+    data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
+    held_out = _open_held_out(data, tokenizer, checkpoint)
+    asked = config.evaluation
+    if isinstance(held_out, str) and asked.lambada is None and not asked.niah:
+        raise UserError(f"nothing to evaluate: {held_out}, and neither evaluation.lambada nor evaluation.niah is set")
     mesh = init_mesh(config.parallel, device=config.device)
-    data = open_data(config)
     engine = build_engine(config, mesh)
-    state = load_checkpoint(checkpoint, engine)
-    batches = None
-    if data.validation is not None:
-        batches = validation_batches(
-            data.validation,
-            seq_len=config.training.seq_len,
-            batch_size=config.evaluation.batch_size,
-            max_windows=config.evaluation.perplexity_windows,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            document_mask=config.data.document_mask,
-        )
-    results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": state.step}
-    results |= evaluate(config, engine, data.tokenizer, batches, quiet=quiet or not mesh.is_main)
-    if data.validation is not None:
-        windows = config.evaluation.perplexity_windows
-        most = None if windows is None else windows * config.training.seq_len
-        results["perplexity"]["unigram_perplexity"] = unigram_perplexity(
-            data.train, data.validation, max_tokens=most, document_mask=config.data.document_mask
-        )
-    path = out or checkpoint.parent.parent / "evaluation.json"
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": load_checkpoint(checkpoint, engine).step}
+    quiet = quiet or not mesh.is_main
+    if isinstance(held_out, str):
+        results |= evaluate(config, engine, tokenizer, None, quiet=quiet) | {"skipped": {"perplexity": held_out}}
+    else:
+        train, validation = held_out
+        windows = asked.perplexity_windows
+        batches = held_out_batches(config, validation, engine, batch_size=asked.batch_size, max_windows=windows)
+        results |= evaluate(config, engine, tokenizer, batches, quiet=quiet)
+        results["perplexity"]["unigram_perplexity"] = _baseline(config, train, validation)
     if mesh.is_main:
         write_results(path, results)
     return results, path
+
+
+def _open_held_out(folder: Path, tokenizer: Tokenizer, checkpoint: Path) -> tuple[Index, Index] | str:
+    """(train, validation), or why there is no held-out text."""
+    if not (folder / "train" / "index.json").is_file():
+        return f"no prepared data in {folder} (set data.folder to where it is)"
+    train = Index.load(folder / "train")
+    validation = Index.load(folder / "validation") if (folder / "validation" / "index.json").is_file() else None
+    if any(split.tokenizer_sha256 != tokenizer.sha256 for split in (train, validation) if split is not None):
+        raise UserError(
+            f"{folder}: made with another tokenizer than {checkpoint} was trained with: set data.folder to data "
+            f"prepared with data.tokenizer.path={checkpoint / 'tokenizer.model'}"
+        )
+    if validation is None:
+        return f"the data in {folder} has no held-out text (data.validation_fraction 0)"
+    return train, validation
+
+
+def _baseline(config: RunConfig, train: Index, validation: Index) -> float:
+    windows = config.evaluation.perplexity_windows
+    most = None if windows is None else windows * config.training.seq_len
+    return unigram_perplexity(train, validation, max_tokens=most, document_mask=config.data.document_mask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from pathlib import Path
@@ -12,17 +11,21 @@ from typing import Any
 import torch
 
 from sisa_dist.config import RunConfig, UserError, dump_config
+from sisa_dist.training.metrics_file import keep_until
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; other devices are measured.
 _GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class Metrics:
-    """Appends one JSON object a line and mirrors it to wandb. Only the main rank makes one."""
+    """Appends one JSON object a line and mirrors it to wandb. Only the main rank makes one.
 
-    def __init__(self, run_folder: Path, config: RunConfig) -> None:
+    What the file says of steps after `step`, where the run goes on, belongs to a run that is no more: it is dropped.
+    """
+
+    def __init__(self, run_folder: Path, config: RunConfig, *, step: int) -> None:
         path = run_folder / "metrics.jsonl"
-        _drop_cut_line(path)
+        keep_until(path, step)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = None
         if config.logging.wandb != "off":
@@ -30,14 +33,20 @@ class Metrics:
                 import wandb
             except ImportError:
                 raise UserError("logging.wandb is on but wandb is not installed: pip install wandb") from None
-            self._wandb = wandb.init(
-                project=config.logging.wandb_project,
-                name=config.name,
-                dir=str(run_folder),
-                mode=config.logging.wandb,
-                config={"yaml": dump_config(config)},
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=config.logging.wandb_project,
+                    name=config.name,
+                    dir=str(run_folder),
+                    mode=config.logging.wandb,
+                    config={"yaml": dump_config(config)},
+                    settings=wandb.Settings(silent=True),
+                )
+            except wandb.Error as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"logging.wandb: {reason}: run `wandb login`, or set logging.wandb to offline"
+                ) from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -55,15 +64,6 @@ class Metrics:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _drop_cut_line(path: Path) -> None:
-    """A kill may leave half a line at the end; the next record must not be glued to it."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,8 +1,12 @@
-"""Reading metrics.jsonl. Light to import (no torch), for plots and reports; writing it is metrics.py's."""
+"""Reading metrics.jsonl, and cutting it back to a step. Light to import (no torch), for plots and reports.
+
+Writing it is metrics.py's.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +37,27 @@ def read_metrics(run_folder: str | Path) -> dict[str, list[dict[str, Any]]]:
                 continue
             raise UserError(f"{path}:{number + 1}: not a metrics record: remove the line") from None
     return {kind: [records[step] for step in sorted(records)] for kind, records in found.items()}
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step` and a last line cut by a kill, if there are any; a kill in here changes nothing.
+
+    A broken line elsewhere stays, for read_metrics to name.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and not _step_of(line) > step]
+    if kept == lines:
+        return
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(b"".join(kept))
+    os.replace(beside, path)
+
+
+def _step_of(line: bytes) -> int:
+    """-1 where the line holds none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1

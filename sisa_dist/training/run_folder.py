@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.building import locked
 from sisa_dist.config import RunConfig, UserError, dump_config, load_config
 from sisa_dist.parallel.mesh import Mesh
 
@@ -34,10 +37,29 @@ _FREE = (
 )
 
 
+@contextmanager
+def own_run_folder(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Makes `folder` and keeps other launches out of it: two would remove each other's half-written checkpoints.
+
+    Only the main rank makes and locks it. Where it may not, the others are left waiting at their next collective until
+    the launcher ends them.
+    """
+    if not mesh.is_main:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir {folder}: cannot be made ({error.strerror}): name another output_dir") from None
+    busy = f"{folder}: another process is training in this run folder: wait for it, or set another output_dir"
+    with locked(folder / ".lock", busy):
+        yield
+
+
 def open_run_folder(
     folder: Path, config: RunConfig, mesh: Mesh, *, resumes: bool, accept_changes: bool = False
 ) -> None:
-    """Make `folder` and store the resolved config as config.yaml; when it resumes, compare with the stored one."""
+    """Store the resolved config as config.yaml in `folder`; when it resumes, compare with the stored one first."""
     stored = folder / "config.yaml"
     if resumes and stored.is_file() and not accept_changes:
         differs = _first_difference(load_config(stored).model_dump(), config.model_dump())
@@ -48,7 +70,6 @@ def open_run_folder(
                 "output_dir to start anew, or continue with the change by --accept-changes"
             )
     if mesh.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         beside = stored.with_suffix(".tmp")
         beside.write_text(dump_config(config), encoding="utf-8")
         beside.rename(stored)

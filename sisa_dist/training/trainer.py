@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline.index import Index
-from data_pipeline.loader import Loader, validation_batches
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loader import Loader
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
@@ -20,35 +18,9 @@ from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
-from sisa_dist.training.run_folder import open_run_folder
+from sisa_dist.training.run_data import RunData, held_out_batches, open_data
+from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The prepared data of a run, opened and checked against its config."""
-
-    train: Index
-    validation: Index | None
-    tokenizer: Tokenizer
-
-
-def open_data(config: RunConfig) -> RunData:
-    """Raises UserError where the data is not prepared or does not fit the model."""
-    folder = config.data_folder
-    if not (folder / "train" / "index.json").is_file():
-        raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} in "
-            f"{folder}: set model.vocab_size to {tokenizer.vocab_size}"
-        )
-    train = Index.load(folder / "train")
-    if train.tokenizer_sha256 != tokenizer.sha256:
-        raise UserError(f"{folder}: the shards were made with another tokenizer.model: run `sisa prepare --force`")
-    validation = folder / "validation"
-    return RunData(train, Index.load(validation) if (validation / "index.json").is_file() else None, tokenizer)
 
 
 def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
@@ -61,6 +33,14 @@ def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = Fals
     mesh = init_mesh(config.parallel, device=config.device)
     data = open_data(config)
     run_folder = Path(config.output_dir)
+    with own_run_folder(run_folder, mesh):
+        _train(config, mesh, data, run_folder, accept_changes=accept_changes, quiet=quiet)
+    return run_folder
+
+
+def _train(
+    config: RunConfig, mesh: Mesh, data: RunData, run_folder: Path, *, accept_changes: bool, quiet: bool
+) -> None:
     checkpoints = list_checkpoints(run_folder)
     open_run_folder(run_folder, config, mesh, resumes=bool(checkpoints), accept_changes=accept_changes)
     loader = Loader(
@@ -84,13 +64,12 @@ def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = Fals
                 f"{config.data_folder}: not the data that {checkpoints[-1]} was trained on (order {loader.fingerprint} "
                 f"here, {state.fingerprint} there): give the old data.folder, or another output_dir to start anew"
             )
-    reporter = _Reporter(config, run_folder, mesh, quiet=quiet) if mesh.is_main else None
+    reporter = _Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
     try:
         _loop(config, mesh, data, loader, engine, state, reporter, run_folder)
     finally:
         if reporter:
             reporter.close()
-    return run_folder
 
 
 def _loop(
@@ -118,10 +97,7 @@ def _loop(
             if reporter:
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
             if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
-                raise UserError(
-                    f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and "
-                    "nothing was saved; lower optimizer.lr and run again, it resumes from the last checkpoint"
-                )
+                raise _diverged(step + 1, result, run_folder)
             last = step + 1 == training.steps
             if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
                 _evaluate(config, data.validation, engine, state, reporter)
@@ -130,17 +106,21 @@ def _loop(
                 save_checkpoint(run_folder, engine, state, config=config, tokenizer=tokenizer, mesh=mesh)
 
 
+def _diverged(step: int, result: StepResult, run_folder: Path) -> UserError:
+    saved = list_checkpoints(run_folder)
+    again = f"with --accept-changes, it resumes from {saved[-1].name}" if saved else "again, it starts anew"
+    return UserError(
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and nothing of this "
+        f"step was saved; lower optimizer.lr and run {again}"
+    )
+
+
 def _evaluate(
     config: RunConfig, validation: Index, engine: Engine, state: TrainState, reporter: _Reporter | None
 ) -> None:
-    batches = validation_batches(
-        validation,
-        seq_len=config.training.seq_len,
-        batch_size=config.training.micro_batch_size,
-        max_windows=config.training.eval_windows,
-        dp_rank=engine.dp_rank,
-        dp_size=engine.dp_size,
-        document_mask=config.data.document_mask,
+    training = config.training
+    batches = held_out_batches(
+        config, validation, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
     )
     result = perplexity(engine, batches)
     layers = engine.layer_statistics()
@@ -151,14 +131,14 @@ def _evaluate(
 class _Reporter:
     """Turns steps into metrics and console lines; the main rank has one."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, quiet: bool) -> None:
+    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, step: int, quiet: bool) -> None:
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._device = mesh.device
         self._peak = peak_flops(mesh.device, dtype)
         if mesh.device.type != "cpu":  # ranks of one host share its cores
             self._peak *= mesh.world_size
         self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
-        self._metrics = Metrics(run_folder, config)
+        self._metrics = Metrics(run_folder, config, step=step)
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
     def step(

@@ -25,6 +25,7 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
         ("model.mixer=mamba", "model.mixer: "),
         ("model=3", "model: "),
         ("model.n_heads=3", "set d_model to 255 or 258"),
+        ("model.n_heads=512", "set d_model to 512, or set head_dim"),
         ("model.n_kv_heads=3", "set one of [1, 2, 4]"),
         ("model.head_dim=63", "even head_dim"),
         ("model.d_s=31", "even number"),
@@ -37,6 +38,13 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
         ("schedule.kind=wsd", "needs decay_steps"),
         ("schedule.warmup_steps=251", "exceed training.steps 250"),
         ("data.validation_fraction=1.0", "data.validation_fraction: "),
+        ("data.validation_fraction=0.0", "training.eval_every needs held-out text"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1: Input should be less than 1"),
+        ("optimizer.betas=[-0.1, 0.9]", "optimizer.betas.0: "),
+        ("optimizer.lr=.inf", "optimizer.lr: Input should be a finite number"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay: "),
+        (f"seed={2**64}", "seed: Input should be less than"),
+        ("model={[a]: 1}", "--set model={[a]: 1}: line 1: a key is a word"),
         ("nonsense", "write KEY=VALUE"),
         ("name=[1", "is not YAML"),
         ("seed.x=1", "seed"),
@@ -52,6 +60,15 @@ def test_a_mistake_is_one_line_with_the_remedy(override: str, says: str) -> None
 def test_a_decay_bound_without_a_sisa_layer_is_refused() -> None:
     with pytest.raises(UserError, match="remove log_alpha_min"):
         load_config(QUICKSTART, ["model.mixer=attention", "model.d_s=null", "model.log_alpha_min=-1.0"])
+
+
+def test_how_to_train_a_tokenizer_is_refused_beside_one_that_exists(tmp_path: Path) -> None:
+    for setting in ("model_type=unigram", "sample_bytes=100"):
+        with pytest.raises(UserError, match=f"data.tokenizer: {setting.split('=')[0]} has no effect"):
+            load_config(QUICKSTART, ["data.tokenizer.path=x.model", f"data.tokenizer.{setting}"])
+    config = load_config(QUICKSTART, ["data.tokenizer.path=x.model"])
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_overrides_and_numbers_as_people_write_them() -> None:
@@ -79,7 +96,14 @@ def test_extends_lays_one_file_over_another_and_only_once(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a: 1\na: 2\n", "line 2: a is given twice"), ("- 1\n", "mapping"), ("a: [\n", "not valid YAML"), ("", "mapping")],
+    [
+        ("a: 1\na: 2\n", "line 2: a is given twice"),
+        ("a: 1\n? [b, c]\n: 2\n", "line 2: a key is a word, not a list"),
+        ("1: 2\n", "a key is a word, not a int"),
+        ("- 1\n", "mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("", "mapping"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "x.yaml").write_text(text, encoding="utf-8")

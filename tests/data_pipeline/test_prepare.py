@@ -25,6 +25,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.sources import Document
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError, dump_config
+from sisa_dist.training.run_data import open_data
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -125,6 +126,12 @@ def test_other_settings_say_what_differs_and_force_rebuilds(corpus_folder: Path,
     for key, config in others.items():
         message = refusal(config)
         assert key in message and "--force" in message and "data.folder" in message
+        if key != "model.vocab_size":  # a model may have more ids than the tokenizer
+            with pytest.raises(UserError, match=f"{key} was .* and is now .*--force"):
+                open_data(config)
+    with pytest.raises(UserError, match=r"data\.input was"):
+        open_data(make_config(str(corpus_folder / "*.txt")))
+    assert open_data(make_config([source])).train.num_tokens > 0
     (corpus_folder / "new.txt").write_text(make_text(999))
     assert "data.input" in refusal(make_config(source))
     (corpus_folder / "new.txt").unlink()
@@ -134,6 +141,23 @@ def test_other_settings_say_what_differs_and_force_rebuilds(corpus_folder: Path,
     assert sorted(documents_of(folder, "train") + documents_of(folder, "validation")) == sorted(
         make_text(i) for i in range(120)
     )
+
+
+def test_data_prepared_elsewhere_serves_where_its_text_is_not(
+    corpus_folder: Path, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(str(corpus_folder))
+    folder = prepare(config, quiet=True)
+    shutil.rmtree(corpus_folder)
+    assert open_data(config).train.num_tokens > 0
+    before = contents(folder)
+    prepare(config)
+    assert "up to date by its settings; the input is not here" in " ".join(capsys.readouterr().out.split())
+    assert contents(folder) == before
+    assert "no such file" in refusal(config, force=True)
+    (folder / "prepared.json").unlink()
+    with pytest.raises(UserError, match="no prepared data here"):
+        open_data(config)
 
 
 def test_a_failed_rebuild_keeps_the_old(corpus_folder: Path, make_config: MakeConfig) -> None:

@@ -33,6 +33,7 @@ def test_items_depend_on_seed_and_number_alone(words: WordTokenizer) -> None:
 
     assert made(1, range(8)) == made(1, range(16))[:8]
     assert made(1, range(8)) != made(2, range(8))
+    assert made(2**64 - 1, range(8)) != made(2**64 - 2, range(8))  # one number as floats
     found = made(1, range(64))
     assert len({item.example.labels[-1] for item in found}) == 5  # type: ignore[attr-defined]
 

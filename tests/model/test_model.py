@@ -163,12 +163,19 @@ def test_token_by_token_and_chunked_decoding_equal_the_full_run(name: str) -> No
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [300, pytest.param(4096, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("length", "temperature", "top_p"),
+    [
+        (4096, 0.0, 1.0),
+        (300, 1.0, 1.0),
+        (300, 1.0, 0.5),
+        pytest.param(4096, 1.0, 0.9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_generation_equals_the_full_run(
-    length: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+    length: int, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every logit that decoding saw, token by token, is the full run's over the same tokens."""
+    """Every logit that decoding saw, token by token, is the full run's over the same tokens, and the tokens are its."""
     model = strong_decay(build_model(tiny(init_std=0.1)))
     seen = []
     real = LM.forward
@@ -181,11 +188,19 @@ def test_a_long_generation_equals_the_full_run(
     prompt = tokens_of(1, 7)
     with monkeypatch.context() as patch:
         patch.setattr(LM, "forward", spy)
-        made = torch.stack(list(generate(model, prompt, max_new_tokens=length - 7, temperature=temperature)), 1)
+        options = dict(max_new_tokens=length - 7, temperature=temperature, top_p=top_p)
+        made = torch.stack(list(generate(model, prompt, **options)), 1)  # type: ignore[arg-type]
     assert len(set(made[0].tolist())) > (1 if temperature else 0)
     with torch.no_grad():
         full = model(torch.cat((prompt, made), 1))[:, 6:-1]
     torch.testing.assert_close(torch.cat(seen, 1), full, rtol=0, atol=1e-5)
+    probability = full.softmax(-1)
+    chosen = probability.gather(2, made[..., None])
+    # Mass of the likelier tokens; two as likely as rounding lets one tell may stand either way round.
+    ahead = (probability * (probability > chosen * (1 + 1e-3))).sum(-1)
+    assert ahead.max() < (top_p + 1e-4 if temperature else 1e-9)
+    if temperature:  # and the nucleus was reached into
+        assert ahead.max() > 0.9 * top_p
 
 
 def test_sampling_repeats_by_seed_and_top_p_keeps_the_nucleus() -> None:

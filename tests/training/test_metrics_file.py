@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sisa_dist.config import UserError
-from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.metrics_file import keep_until, read_metrics
 
 
 def line(kind: str, step: int, **values: object) -> str:
@@ -53,3 +53,21 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be read"):
             read_metrics(folder)
     assert read_metrics(write(tmp_path, "")) == {}
+
+
+def test_cut_back_to_a_step_only_what_comes_after_goes(tmp_path: Path) -> None:
+    first = line("train", 1, loss=3.0) + line("train", 2, loss=2.0) + line("evaluation", 2, validation_loss=2.5)
+    path = write(tmp_path, first + line("train", 3, loss=1.0) + line("layers", 3) + '{"kind": "train", "st')
+    path = path / "metrics.jsonl"
+    keep_until(path, 2)
+    assert path.read_text(encoding="utf-8") == first
+    before = path.stat().st_ino
+    keep_until(path, 2)
+    assert path.stat().st_ino == before  # nothing to drop, nothing written
+    write(tmp_path, first + "broken\n" + line("train", 3, loss=1.0))
+    keep_until(path, 2)
+    assert path.read_text(encoding="utf-8") == first + "broken\n"
+    keep_until(path, 0)
+    assert path.read_text(encoding="utf-8") == "broken\n"
+    keep_until(tmp_path / "absent.jsonl", 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

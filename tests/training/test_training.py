@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,12 +108,39 @@ def test_kill_9_at_random_moments_changes_nothing(tiny: RunConfig, tmp_path: Pat
     assert_same_tensors(list_checkpoints(Path(config.output_dir))[-1], list_checkpoints(Path(straight.output_dir))[-1])
 
 
+def test_two_at_once_in_one_run_folder_are_refused_and_a_kill_frees_it(tiny: RunConfig, tmp_path: Path) -> None:
+    config = changed(tiny, training={"steps": 100_000})
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "sisa_dist.cli", "train", str(tmp_path / "run.yaml")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert first.stdout is not None and "step" in first.stdout.readline()
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        first.kill()
+        first.wait()
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert "another process is training in this run folder" in second.stderr
+    train(tiny, accept_changes=True, quiet=True)
+    assert not (Path(tiny.output_dir) / ".lock").exists()
+
+
 def test_a_half_written_checkpoint_is_never_seen(tiny: RunConfig) -> None:
     run = Path(tiny.output_dir)
     (run / "checkpoints" / ".step_00000099.tmp").mkdir(parents=True)
     assert list_checkpoints(run) == []
     train(tiny, quiet=True)
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+
+
+def test_a_save_removes_what_a_kill_left_and_nothing_else(tiny: RunConfig) -> None:
+    folder = Path(tiny.output_dir) / "checkpoints"
+    for stale in (".step_00000099.tmp", ".step_00000097.old"):
+        (folder / stale / "inside").mkdir(parents=True)
+    (folder / ".DS_Store").write_bytes(b"Finder")
+    (folder / ".nfs0001").mkdir()
+    train(tiny, quiet=True)
+    assert sorted(p.name for p in folder.iterdir()) == [".DS_Store", ".nfs0001", "step_00000006", "step_00000008"]
 
 
 def test_a_metrics_line_cut_by_a_kill_is_dropped_on_resume(tiny: RunConfig) -> None:
@@ -121,6 +150,16 @@ def test_a_metrics_line_cut_by_a_kill_is_dropped_on_resume(tiny: RunConfig) -> N
         file.write('{"kind": "train", "st')
     train(changed(tiny, training={"steps": 10}), accept_changes=True, quiet=True)
     assert [row[0] for row in losses(Path(tiny.output_dir))] == list(range(1, 11))
+
+
+def test_the_metrics_of_one_folder_are_of_one_run(tiny: RunConfig) -> None:
+    """A run whose checkpoints were removed starts anew, and so does its metrics.jsonl."""
+    run = train(tiny, quiet=True)
+    shutil.rmtree(run / "checkpoints")
+    train(changed(tiny, optimizer={"lr": 1e-3}, training={"steps": 3}), quiet=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["step"], r["lr"] <= 1e-3) for r in lines if r["kind"] == "train"] == [(1, True), (2, True), (3, True)]
+    assert {r["step"] for r in lines} == {1, 2, 3}
 
 
 def test_accumulation_and_micro_batches_change_nothing_but_rounding(tiny: RunConfig, tmp_path: Path) -> None:
@@ -233,8 +272,13 @@ def test_load_model_scores_and_generates(tiny: RunConfig) -> None:
 
 def test_diverged_training_stops_and_saves_nothing(tiny: RunConfig) -> None:
     config = changed(tiny, optimizer={"lr": 1e30, "grad_clip": None}, schedule={"warmup_steps": 0})
-    with pytest.raises(UserError, match="diverged"):
+    with pytest.raises(UserError, match=r"diverged .*; lower optimizer\.lr and run again, it starts anew"):
         train(config, quiet=True)
-    for checkpoint in list_checkpoints(Path(tiny.output_dir)):
-        model, _ = sisa_dist.load_model(checkpoint)
-        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert list_checkpoints(Path(tiny.output_dir)) == []
+    train(changed(tiny, training={"steps": 3}), quiet=True)  # what the message advises
+    with pytest.raises(UserError, match=r"run with --accept-changes, it resumes from step_00000003"):
+        train(config, accept_changes=True, quiet=True)
+    train(tiny, accept_changes=True, quiet=True)
+    assert read_state(list_checkpoints(Path(tiny.output_dir))[-1]).step == 8
+    model, _ = sisa_dist.load_model(tiny.output_dir)
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,0 +1,103 @@
+"""prepared.json: what a data folder was made from, and whether that is what a config asks for.
+
+Settings are compared as the config spells them, so that training can do it on a machine that never saw the text. The
+input files' sizes and times are compared by `sisa prepare` alone. The run's seed has no part in either, so that runs
+that differ in the seed share one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.index import FORMAT_VERSION
+from data_pipeline.sources import list_files
+from sisa_dist.config import RunConfig, UserError
+
+_MANIFEST_VERSION = 2  # 1 held the files in place of data.input
+_REMEDY = "set it to what was prepared, name another data.folder, or rebuild it with `sisa prepare --force`"
+
+
+def write_manifest(
+    folder: Path, config: RunConfig, *, inputs: dict[str, Any], counts: dict[str, dict[str, int]]
+) -> None:
+    """`inputs`: from describe_inputs, before the first byte was read, so that a later change is seen."""
+    manifest = {"settings": _settings(config), "inputs": inputs, "counts": counts}
+    (folder / "prepared.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where `folder` holds none. Raises UserError where it is damaged."""
+    path = folder / "prepared.json"
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest["settings"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: cannot be read, it is damaged: remove the folder {folder}") from None
+    return manifest
+
+
+def check_settings(folder: Path, config: RunConfig, *, model: bool = False) -> None:
+    """Raises UserError where `folder` is not prepared, or with other data settings than the config's.
+
+    `model`: with model.vocab_size among them. A model may have more ids than the tokenizer; data made anew would not.
+    """
+    made = read_manifest(folder)
+    if made is None:
+        raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
+    for key, value in _settings(config).items():
+        old = made["settings"].get(key)
+        if old != value and (model or not key.startswith("model.")):
+            raise UserError(f"{folder}: made with other settings ({key} was {old!r} and is now {value!r}): {_REMEDY}")
+
+
+def check_inputs(folder: Path, config: RunConfig) -> str | None:
+    """None where the input files are those `folder` was made from; why not, where they cannot be compared here.
+
+    Raises UserError where they changed.
+    """
+    made = read_manifest(folder)
+    assert made is not None
+    try:
+        found = describe_inputs(config)
+    except UserError as error:
+        return str(error)
+    for key, value in found.items():
+        if made.get("inputs", {}).get(key) != value:
+            raise UserError(
+                f"{folder}: the files of {key} changed since it was made: name another data.folder or output_dir, or "
+                "rebuild it with `sisa prepare --force`"
+            )
+    return None
+
+
+def describe_inputs(config: RunConfig) -> dict[str, Any]:
+    """What tells today's input files from others of the same names."""
+    tokenizer = config.data.tokenizer.path
+    try:
+        sha256 = tokenizer and hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"data.tokenizer.path: {tokenizer} cannot be read ({error.strerror}): mend the path") from None
+    files = [[file.name, file.size, file.mtime_ns] for file in list_files(config.data.input)]
+    return {"data.input": files, "data.tokenizer.path": sha256}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Everything in the config that the bytes of the data depend on."""
+    data = config.data
+    return {
+        "format": [FORMAT_VERSION, _MANIFEST_VERSION],
+        "data.input": [data.input] if isinstance(data.input, str) else data.input,
+        "data.text_key": data.text_key,
+        "data.tokenizer.path": data.tokenizer.path,
+        "data.tokenizer.model_type": data.tokenizer.model_type,
+        "data.tokenizer.sample_bytes": data.tokenizer.sample_bytes,
+        "data.member_tokens": data.member_tokens,
+        "data.shard_members": data.shard_members,
+        "data.validation_fraction": data.validation_fraction,
+        "model.vocab_size": config.model.vocab_size,
+    }
