@@ -58,4 +58,4 @@ class Engine(Protocol):
         """Optimizer steps taken so far (Adam's bias correction); called after a load."""
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
-        """Per layer the mean λ and the half-life of the decay in tokens (of the last scoring). Collective."""
+        """Per layer the mean λ and, over the last step's tokens, the half-life of the decay in tokens. Collective."""

@@ -57,6 +57,7 @@ class FSDP2Engine:
         # FSDP averages over data ranks; the loss is a sum divided once by the global count.
         scale = self.dp_size / count
         loss_sum = torch.zeros((), device=self.mesh.device)
+        self.model.reset_statistics()
         for number, batch in enumerate(micro_batches, start=1):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(micro_batches))
@@ -115,7 +116,7 @@ class FSDP2Engine:
     def layer_statistics(self) -> dict[str, list[float | None]]:
         # Means over heads: every tp rank has as many heads, every data rank as many tokens.
         means: list[Tensor] = []
-        found: list[dict[str, Tensor]] = [getattr(block.mixer, "statistics", dict)() for block in self.model.blocks]
+        found = self.model.statistics()
         for key in ("lambda", "mean_log_alpha"):
             means += [_full(layer[key]).double().mean().to(self.mesh.device) for layer in found if key in layer]
         if means:

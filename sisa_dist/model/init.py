@@ -90,4 +90,6 @@ def _key(seed: int, name: str) -> bytes:
 
 
 def _generator(key: bytes, block: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[int.from_bytes(key, "little"), block]))
+    # As uint64: of a list with an integer past 2^63 numpy makes floats, and keys that lie close become one.
+    words = np.array([int.from_bytes(key, "little"), block], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words))

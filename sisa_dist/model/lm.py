@@ -59,6 +59,14 @@ class LM(nn.Module):
         weight_VD = self.embed.weight if config.tie_embeddings else None
         return self.head(self.norm(h_BTD), weight_VD, labels_BT, per_token=per_token)
 
+    def statistics(self) -> list[dict[str, Tensor]]:
+        """What the metrics log of each layer, of this rank's heads and tokens; empty where there is nothing."""
+        return [getattr(block.mixer, "statistics", dict)() for block in self.blocks]
+
+    def reset_statistics(self) -> None:
+        for block in self.blocks:
+            getattr(block.mixer, "reset_statistics", lambda: None)()
+
     def new_cache(self) -> Cache:
         """An empty decode cache, one entry per layer."""
         return [block.mixer.new_cache() for block in self.blocks]  # type: ignore[union-attr, operator]

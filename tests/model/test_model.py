@@ -236,6 +236,9 @@ def test_initial_values_depend_on_seed_name_and_index_alone() -> None:
     assert torch.equal(a.embed.weight[:48], b.embed.weight)
     assert not torch.equal(a.blocks[0].mixer.wq.weight, a.blocks[1].mixer.wq.weight)
     assert not torch.equal(a.embed.weight, build_model(tiny(), seed=2).embed.weight)
+    # Two keys that are one as floats: half of all keys lie past 2^63, where numpy would round them.
+    near = [Normal(1.0).draw((2**64 - 2**11 + bit).to_bytes(8, "little"), 0, 8) for bit in (0, 1)]
+    assert (near[0] != near[1]).all()
     key = _key(0, "x")
     whole = Normal(1.0).draw(key, 0, 200_000)
     for start, stop in ((0, 1), (65_530, 65_540), (131_071, 199_999), (70_000, 70_000)):

@@ -162,6 +162,15 @@ def test_auto_inside_its_declared_bound_is_safe_up_to_the_edge(T):
     assert (got["out"] - sisa_attention(**as_fp64(x), path="dense")).abs().max() < 2e-2
 
 
+def test_auto_keeps_half_precision_off_the_one_call_where_it_would_overflow():
+    x = make(400, decay=0.1, dtype=torch.float16, aux=torch.float32)
+    x["log_alpha"] = torch.full_like(x["log_alpha"], -0.1).requires_grad_()
+    got = value_and_gradients(x, log_alpha_min=-0.1)
+    assert all(g.isfinite().all() for g in got.values())
+    assert (got["out"].double() - sisa_attention(**as_fp64(x), path="dense")).abs().max() < 5e-3
+    assert not sisa_attention(**x, path="single").isfinite().all()  # what auto must not choose
+
+
 def test_auto_chooses_from_shapes_and_the_bound_alone():
     """On the meta device there are no values to read; the profiler of ops says which path ran."""
 

@@ -37,7 +37,7 @@ class Decay(nn.Module):
         super().__init__()
         self.init_rules: dict[str, Init] = {"weight": Normal(std), "bias": Constant(-5.0)}
         self.log_alpha_min = log_alpha_min
-        self.mean_log_alpha: Tensor | None = None  # of the last forward without gradients; logged as a half-life
+        self.logged: Tensor | None = None  # [sum of means of log α, forwards] of training since the last reset
         self.weight = nn.Parameter(torch.empty(n_heads, d_model))
         self.bias = nn.Parameter(torch.empty(n_heads))
 
@@ -46,8 +46,10 @@ class Decay(nn.Module):
         log_alpha_BTH = -F.softplus(F.linear(at_least_fp32(x_BTD), self.weight, self.bias))
         if self.log_alpha_min is not None:
             log_alpha_BTH = log_alpha_BTH.clamp(min=self.log_alpha_min)
-        if not torch.is_grad_enabled():
-            self.mean_log_alpha = log_alpha_BTH.mean()
+        if self.training and torch.is_grad_enabled():
+            mean = log_alpha_BTH.detach().mean()
+            new = torch.stack((mean, torch.ones_like(mean)))
+            self.logged = new if self.logged is None else self.logged + new
         return log_alpha_BTH.transpose(1, 2)
 
 
@@ -112,11 +114,14 @@ class SISA(nn.Module):
         return SisaCache()
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the metrics log of this layer: λ [H] and, once scored without gradients, the mean log α."""
+        """What the metrics log of this layer: λ [H] and, once trained, the mean log α since `reset_statistics`."""
         found = {"lambda": F.softplus(self.importance.lambda_raw.detach().float())}
-        if self.decay.mean_log_alpha is not None:
-            found["mean_log_alpha"] = self.decay.mean_log_alpha
+        if self.decay.logged is not None:
+            found["mean_log_alpha"] = self.decay.logged[0] / self.decay.logged[1]
         return found
+
+    def reset_statistics(self) -> None:
+        self.decay.logged = None
 
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: SisaCache | None = None
