@@ -3,6 +3,7 @@
     python tools/benchmark.py step  [--seq-len 512 2048]     SISA, our Transformer and transformers' Llama, tokens/s
     python tools/benchmark.py score [--lengths 4096 8192]    bisected ÷ the one (padded) call, forward + backward
     python tools/benchmark.py start                          from `import` to the first optimizer step, in a new process
+    torchrun --nproc-per-node 2 tools/benchmark.py overlap   tp 2, collectives hidden behind matmuls ÷ not
     python tools/benchmark.py loader CONFIG                  the loader alone, tokens/s, on prepared data
 
 A tool, never a timed test: it asserts nothing. `--json FILE` keeps the figures.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -46,11 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     score.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     score.add_argument("--rounds", type=int, default=7)
     commands.add_parser("start")
+    overlap = commands.add_parser("overlap", help="under torchrun: tp over all processes, overlapped ÷ synchronous")
+    overlap.add_argument("--rounds", type=int, default=15)
+    overlap.add_argument("--set", dest="overrides", action="append", default=[])
     loader = commands.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args(argv)
-    figures = {"step": _step, "score": _score, "start": _start, "loader": _loader}[arguments.command](arguments)
+    command = {"step": _step, "score": _score, "start": _start, "overlap": _overlap, "loader": _loader}
+    figures = command[arguments.command](arguments)
+    if int(os.environ.get("RANK", "0")):
+        return 0
     figures["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(json.dumps(figures, indent=1))
     if arguments.json:
@@ -175,6 +183,19 @@ def _start(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return {"import to first step, seconds (promised ≤ 10)": round(time.perf_counter() - started, 2)}
+
+
+def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
+    tp = int(os.environ.get("WORLD_SIZE", "1"))
+    runs = {}
+    for name, overlap in (("synchronous", False), ("overlapped", True)):
+        own = [f"parallel.tp={tp}", f"engine.overlap={str(overlap).lower()}"]
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [*arguments.overrides, *own])
+        batch = _batch(config.model.vocab_size, config.training.micro_batch_size, config.training.seq_len)
+        runs[name] = _ours(config, batch)
+    seconds = _in_turns(runs, arguments.rounds)
+    figures: dict[str, Any] = {name: round(value, 4) for name, value in seconds.items()}
+    return figures | {"overlapped / synchronous": round(seconds["overlapped"] / seconds["synchronous"], 3)}
 
 
 def _loader(arguments: argparse.Namespace) -> dict[str, Any]:

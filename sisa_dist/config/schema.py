@@ -167,7 +167,14 @@ class EngineConfig(Section):
     reshard_after_forward: bool = True  # false: gathered weights stay from forward to backward; memory for speed
     cpu_offload: bool = False  # weights, gradients and moments live in host memory, the optimizer runs there
     prefetch: NonNegativeInt = 0  # blocks gathered ahead of the one that runs; 0: FSDP2's own choice
+    overlap: bool | None = None  # tp's backward collectives behind weight gradients; None: unless compile
     check_every: PositiveInt | None = None  # steps between sanity checks (engine/checks.py); None: never, at no cost
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.compile and self.overlap:
+            raise ValueError("engine.overlap is not possible under engine.compile: remove one of them")
+        return self
 
 
 class OptimizerConfig(Section):

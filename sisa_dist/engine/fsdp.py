@@ -40,7 +40,8 @@ class FSDP2Engine:
         self.step_number = 0
         with torch.device("meta"):
             self.model = build_model(config.model, attention=config.attention)
-        self.slices = apply_plan(self.model, mesh, overlap=not config.engine.compile)
+        overlap = config.engine.overlap is not False and not config.engine.compile
+        self.slices = apply_plan(self.model, mesh, overlap=overlap)
         for block in self.model.blocks:
             block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
             if config.engine.compile:

@@ -23,6 +23,7 @@ _FREE = (
     "engine.reshard_after_forward",
     "engine.cpu_offload",
     "engine.prefetch",
+    "engine.overlap",
     "engine.check_every",
     "data.folder",
     "data.input",

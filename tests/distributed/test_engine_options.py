@@ -21,6 +21,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("tp1", {"cpu_offload": True}),
     ("tp2_dp2", {"cpu_offload": True, "reshard_after_forward": False}),
     ("dp2", {"prefetch": 2}),
+    ("tp4_sp", {"overlap": False}),
     ("hsdp_2x2", {"prefetch": 1, "reshard_after_forward": False}),
     ("tp2_dp2_sp", {"check_every": 1}),
     ("hsdp_2x2", {"check_every": 2}),
