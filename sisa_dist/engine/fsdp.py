@@ -6,25 +6,22 @@ process in bf16 included, goes through `fully_shard`, so that precision means th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.checks import check_step, unequal_replicas
+from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
-from sisa_dist.model.loss import IGNORE
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.parallel.storage import as_global
@@ -53,8 +50,7 @@ class FSDP2Engine:
         self.optimizer = build_optimizer(self.model, config.optimizer)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        count = torch.tensor(sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches))
-        count = self.mesh.sum_over_dp(count.to(self.mesh.device)).clamp_(min=1)
+        count = count_labels(micro_batches, self.mesh)
         # FSDP averages over data ranks; the loss is a sum divided once by the global count.
         scale = self.dp_size / count
         loss_sum = torch.zeros((), device=self.mesh.device)
@@ -79,13 +75,7 @@ class FSDP2Engine:
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         length = tokens_BT.shape[1]
-        # Sequence parallelism cuts T evenly. Padding stands behind every real token, so none sees it.
-        padding = -length % (self.mesh.tp_size if self.mesh.sequence_parallel else 1)
-        if padding:
-            tokens_BT, labels_BT = F.pad(tokens_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE)
-            doc_ids_BT = (
-                None if doc_ids_BT is None else torch.cat((doc_ids_BT, doc_ids_BT[:, -1:].expand(-1, padding)), 1)
-            )
+        tokens_BT, labels_BT, doc_ids_BT = pad_sequence(tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         with torch.no_grad():
             log_prob_BT, is_argmax_BT = self.model(
                 self._move(tokens_BT), self._move(labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
@@ -115,20 +105,7 @@ class FSDP2Engine:
             state["step"].fill_(step)
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
-        # Means over heads: every tp rank has as many heads, every data rank as many tokens.
-        means: list[Tensor] = []
-        found = self.model.statistics()
-        for key in ("lambda", "mean_log_alpha"):
-            means += [_full(layer[key]).double().mean().to(self.mesh.device) for layer in found if key in layer]
-        if means:
-            total = self.mesh.sum_over(torch.stack(means), "tp", "dp_shard", "dp_replicate") / self.mesh.world_size
-            means = list(total.unbind())
-        values = iter(means)
-        lambdas = [next(values).item() if "lambda" in layer else None for layer in found]
-        half_lives = [
-            math.log(2) / max(-next(values).item(), 1e-30) if "mean_log_alpha" in layer else None for layer in found
-        ]
-        return {"lambda": lambdas, "half_life": half_lives}
+        return layer_statistics(self.model, self.mesh)
 
     def _clip(self) -> Tensor:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
@@ -142,7 +119,3 @@ class FSDP2Engine:
 
     def _move(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.mesh.device, non_blocking=True)
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

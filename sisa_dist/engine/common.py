@@ -1,0 +1,62 @@
+"""What both engines do alike round a step: counting labels, padding for sequence parallelism, layer statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data_pipeline.loader import Batch
+from sisa_dist.model import LM
+from sisa_dist.model.loss import IGNORE
+from sisa_dist.parallel.mesh import Mesh
+
+
+def count_labels(micro_batches: Sequence[Batch], mesh: Mesh) -> Tensor:
+    """Labels that count in the whole global batch, at least 1; int64 scalar on `mesh.device`. Collective."""
+    count = torch.tensor(sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches))
+    return mesh.sum_over_dp(count.to(mesh.device)).clamp_(min=1)
+
+
+def pad_sequence(
+    tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None, mesh: Mesh
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The batch with T a multiple of what sequence parallelism cuts it by.
+
+    Padding stands behind every real token, so none sees it, and its labels do not count.
+    """
+    padding = -tokens_BT.shape[1] % (mesh.tp_size if mesh.sequence_parallel else 1)
+    if not padding:
+        return tokens_BT, labels_BT, doc_ids_BT
+    if doc_ids_BT is not None:
+        doc_ids_BT = torch.cat((doc_ids_BT, doc_ids_BT[:, -1:].expand(-1, padding)), 1)
+    return F.pad(tokens_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE), doc_ids_BT
+
+
+def layer_statistics(model: LM, mesh: Mesh) -> dict[str, list[float | None]]:
+    """`Engine.layer_statistics`. Means over heads and tokens: every tp rank has as many heads, every data rank as
+    many tokens. Collective."""
+    found = model.statistics()
+    means = [
+        _full(layer[key]).double().mean().to(mesh.device)
+        for key in ("lambda", "mean_log_alpha")
+        for layer in found
+        if key in layer
+    ]
+    if means:
+        total = mesh.sum_over(torch.stack(means), "tp", "dp_shard", "dp_replicate") / mesh.world_size
+        means = list(total.unbind())
+    values = iter(means)
+    lambdas = [next(values).item() if "lambda" in layer else None for layer in found]
+    half_lives = [
+        math.log(2) / max(-next(values).item(), 1e-30) if "mean_log_alpha" in layer else None for layer in found
+    ]
+    return {"lambda": lambdas, "half_life": half_lives}
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
