@@ -23,7 +23,7 @@ from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.checks import unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence
+from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
 from sisa_dist.engine.norm import global_norm
@@ -82,8 +82,8 @@ class DeepSpeedEngine:
         self.model.reset_statistics()
         for number, batch in enumerate(micro_batches, start=1):
             self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
-            inputs = self._move(batch.tokens), self._move(batch.labels)
-            loss, _ = self.zero(*inputs, doc_ids_BT=self._move(batch.doc_ids))
+            inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
+            loss, _ = self.zero(*inputs, doc_ids_BT=move(batch.doc_ids, self.mesh))
             self.zero.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
         for group in self.zero.optimizer.param_groups:
@@ -110,7 +110,10 @@ class DeepSpeedEngine:
         self.zero.eval()
         with torch.no_grad():
             log_prob_BT, is_argmax_BT = self.zero(
-                self._move(tokens_BT), self._move(labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
+                move(tokens_BT, self.mesh),
+                move(labels_BT, self.mesh),
+                doc_ids_BT=move(doc_ids_BT, self.mesh),
+                per_token=True,
             )
         self.zero.train()
         return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
@@ -159,9 +162,6 @@ class DeepSpeedEngine:
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)
-
-    def _move(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.mesh.device, non_blocking=True)
 
 
 class _MPU:
