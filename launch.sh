@@ -51,6 +51,12 @@ run() {
     "$@"
 }
 
+# Beside us, in a process group of its own.
+start() {
+    show "$@"
+    setsid "$@" &
+}
+
 # In our place, so that signals and the exit code are the command's own.
 become() {
     show "$@"
@@ -135,9 +141,10 @@ hostfile() {
     sed -n 's/^[[:space:]]*\([^#[:space:]][^[:space:]]*\)[[:space:]]\{1,\}slots=\([0-9]\{1,\}\).*/\1 \2/p' "$HOSTFILE"
 }
 
-# Starts `launch.sh node` on every host of a DeepSpeed hostfile, by pdsh where there is one, else ssh (REMOTE=ssh).
+# Starts `launch.sh node` on every host of a DeepSpeed hostfile, by ssh or, with REMOTE=pdsh, by pdsh.
 # `deepspeed` runs on each (--no_ssh), not here: from here it knows only pdsh, hands on no quotes, takes this host's
-# accelerator for everybody's, and ends a run by pkill -f on all hosts, other people's runs of it included.
+# accelerator for everybody's, and ends a run by pkill -f on all hosts, other people's runs of it included. pdsh is not
+# the first choice, since where one host fails it waits for the others to notice.
 train_hostfile() {
     local hosts host name node=0 remote sent
     [ -f "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no such file: one line a host, e.g. worker-1 slots=8"
@@ -152,17 +159,25 @@ train_hostfile() {
         printf -v remote '%s %s=%q' "$remote" "$name" "${!name}"
     done
     remote+=$(printf ' %q' ./launch.sh node "$@")
-    if [ "${REMOTE:-pdsh}" = pdsh ] && command -v pdsh >/dev/null; then
-        become pdsh -R ssh -b -k -S -w "$(IFS=, && echo "${hosts[*]}")" "$remote"
-    fi
-    # The first to fail ends the others.
-    trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+    # The first to fail ends the others, and our end all: each stands in a process group of its own.
+    trap 'kill -- $(jobs -p | sed s/^/-/) 2>/dev/null || true' EXIT
     trap 'exit 143' TERM INT
-    for host in "${hosts[@]}"; do
-        become ssh -n -o BatchMode=yes "$host" "${remote/NODE_RANK=%n/NODE_RANK=$node}" &
-        node=$((node + 1))
-    done
-    for host in "${hosts[@]}"; do wait -n; done
+    case ${REMOTE:-ssh} in
+    pdsh)
+        # shellcheck disable=SC2001 # %n is the host's number to pdsh, %% is %
+        remote=$(sed 's/%/%%/g; s/NODE_RANK=%%n/NODE_RANK=%n/' <<<"$remote")
+        node=1
+        start pdsh -R ssh -b -S -f "${#hosts[@]}" -w "$(IFS=, && echo "${hosts[*]}")" "$remote"
+        ;;
+    ssh)
+        for host in "${hosts[@]}"; do
+            start ssh -n -o BatchMode=yes "$host" "${remote/NODE_RANK=%n/NODE_RANK=$node}"
+            node=$((node + 1))
+        done
+        ;;
+    *) refuse "REMOTE=$REMOTE: ssh or pdsh" ;;
+    esac
+    while ((node--)); do wait -n; done
 }
 
 # One host of a HOSTFILE run.
