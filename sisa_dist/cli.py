@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sisa_dist.config import UserError, load_config
+
+_OTHER_HOSTS_WAIT, _OTHER_RANKS_WAIT = 2.0, 4.0  # seconds; the slowest launcher looks once a second
 
 app = typer.Typer(
     help="Pretrain SISA language models: prepare data, train, evaluate, generate.",
@@ -23,6 +29,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set training.steps=200. Repeatable."),
 ]
+
+
+@app.callback()
+def every_command(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    """Takes the --local_rank that a bare `deepspeed` writes before the command; LOCAL_RANK says the same."""
 
 
 @app.command()
@@ -45,7 +56,6 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Continue a run although its config changed.")
     ] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many."""
     from sisa_dist.training.trainer import train as run
@@ -112,13 +122,33 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"sisa: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = str(error)
     except OSError as error:
         if error.filename is None:  # no file of the user's: ours to mend, with its traceback
             raise
-        print(f"sisa: {error.filename}: {error.strerror}: mend or name another path", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = f"{error.filename}: {error.strerror}: mend or name another path"
+    else:
+        return
+    _say_once(message)
+    raise SystemExit(2)
+
+
+def _say_once(message: str) -> None:
+    """Prints `message` from as few ranks as will do: one mistake is met by all of them, and one line is enough.
+
+    Rank 0 speaks at once, and its launcher ends the others of its host before they do. Any that are still there after
+    a while may have met something of their own, a damaged shard say: they speak up, with their names. Before there is
+    a process group nothing differs between the ranks of one host, and one of them speaks.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank == 0:
+        print(f"sisa: {message}", file=sys.stderr, flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever training did with it, here it ends us
+    torch = sys.modules.get("torch")
+    time.sleep(_OTHER_HOSTS_WAIT if local_rank == 0 else _OTHER_RANKS_WAIT)
+    if local_rank == 0 or (torch is not None and torch.distributed.is_initialized()):
+        print(f"sisa: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
