@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
+from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence, read_result
 from sisa_dist.engine.guard import Guard, skip_if
@@ -47,7 +48,8 @@ class FSDP2Engine:
         if mesh.world_size > 1 or config.engine.precision == "bf16" or config.engine.cpu_offload:
             shard(self.model, mesh, config.engine)
         self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)
-        init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global)
+        log = BuildLog(mesh, n_layers=config.model.n_layers)
+        init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
 

@@ -49,16 +49,23 @@ class Normal:
 
 
 def init_parameters(
-    model: nn.Module, *, seed: int, std: float, view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored,
+    announce: Callable[[str], None] = lambda module_name: None,
 ) -> None:
     """Fill every parameter in place, plain or DTensor (then only this rank's part).
 
-    `view(name, stored)` presents a stored parameter as its global tensor where it is a part of one.
+    `view(name, stored)` presents a stored parameter as its global tensor where it is a part of one. `announce` is told
+    each module's full name before its own parameters are drawn.
 
     A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
     """
     with torch.no_grad():
         for module_name, module in model.named_modules():
+            announce(module_name)
             for name, parameter in module.named_parameters(recurse=False):
                 rules: dict[str, Init] = getattr(module, "init_rules", {})
                 if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):

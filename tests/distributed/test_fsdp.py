@@ -26,12 +26,12 @@ def _train(config: RunConfig, crash_at: int | None = None) -> None:
         return
     real, calls = FSDP2Engine.train_step, 0
 
-    def train_step(engine: FSDP2Engine, *args: object) -> object:
+    def train_step(engine: FSDP2Engine, *args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
         if calls == crash_at:
             raise KeyboardInterrupt
-        return real(engine, *args)  # type: ignore[arg-type]
+        return real(engine, *args, **kwargs)  # type: ignore[arg-type]
 
     FSDP2Engine.train_step = train_step  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
