@@ -33,7 +33,7 @@ class Beat:
     failed: str | None = None  # its own exception, in one line
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on host {self.host} (pid {self.pid}), last in step {self.step}, {self.phase}"
+        return f"rank {self.rank} on host {self.host} (pid {self.pid}), in step {self.step}, {self.phase}"
 
 
 class HeartbeatFile:

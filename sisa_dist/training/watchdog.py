@@ -29,7 +29,10 @@ _LIMIT = 0.85
 
 
 class Watchdog:
-    """Guards the `with` block. Collective at its start. Ends the process with code 1 when the run hangs."""
+    """Guards the `with` block. Collective at its start.
+
+    Ends the process with code 1 when the run hangs; an exception that leaves the block gets the verdict as a note.
+    """
 
     def __init__(self, mesh: Mesh, run_folder: Path, *, timeout: timedelta, stop: StopRequest) -> None:
         self._mesh, self._stop = mesh, stop
@@ -64,7 +67,7 @@ class Watchdog:
             if isinstance(error, Exception) and not isinstance(error, UserError) and self._mesh.world_size > 1:
                 # The thread goes on beating while we look, and tells nothing of its own meanwhile.
                 with self._telling:
-                    self._tell(f"failed with {type(error).__name__}: {_first_line(error)}")
+                    error.add_note(self._verdict(f"failed with {type(error).__name__}: {_first_line(error)}"))
         self._ended.set()
         self._thread.join()
         self._mesh.pulse.listener = None
@@ -92,13 +95,12 @@ class Watchdog:
         frame = sys._current_frames().get(self._main or 0)
         if frame is not None:
             traceback.print_stack(frame, limit=8)
-        self._tell(why)
+        print(self._verdict(why), file=sys.stderr, flush=True)
         self._heartbeat.fail(why)
-        sys.stderr.flush()
         # Not sys.exit: the main thread cannot be reached, and exit handlers may wait for the rank that is gone.
         os._exit(1)
 
-    def _tell(self, why: str) -> None:
+    def _verdict(self, why: str) -> str:
         before = read_beats(self._folder)
         for _ in range(3):  # until every living rank has beaten again
             time.sleep(self._interval)
