@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from conftest import QUICKSTART
+
 from data_pipeline.prepare import prepare
 from multihost.hosts import Host, two_hosts, why_not
 from runs import losses
@@ -33,7 +33,7 @@ FEW_STEPS = [
     "training.eval_every=null",
     "training.checkpoint_every=null",
 ]
-NAME = "name=two hosts, 100%n of \"it's\" $HOME; `true` *"  # what a shell on the way would like to read
+NAME = 'name=two hosts, 100%n of "it\'s" $HOME; `true` *'  # what a shell on the way would like to read
 # What `pip install` puts into .venv/bin, without a second installation.
 TOOLS = {"python": "", "sisa": "-m sisa_dist.cli", "torchrun": "-m torch.distributed.run"}
 TOOLS |= {"deepspeed": "-m deepspeed.launcher.runner"}
