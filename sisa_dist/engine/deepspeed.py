@@ -109,9 +109,13 @@ class DeepSpeedEngine:
         enter("optimizer")
         self._judgement = _Judgement(loss_mean, stop)
         self._step()
+        judged = self._judgement
+        if judged.verdict is None:  # ZeRO met a gradient that is not finite and did not get as far as AdamW
+            judged.norm = torch.full_like(loss_mean, float("inf"))
+            judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
+        assert judged.norm is not None
         enter("results")
-        assert self._judgement.verdict is not None and self._judgement.norm is not None
-        return read_result(loss_mean, self._judgement.norm, count, self._judgement.verdict)
+        return read_result(loss_mean, judged.norm, count, judged.verdict)
 
     def _step(self) -> None:
         """Clip and step. DeepSpeed knows the norm inside; there, just before AdamW moves, the guard is asked."""
