@@ -22,6 +22,13 @@ def count_labels(micro_batches: Sequence[Batch], mesh: Mesh) -> Tensor:
     return mesh.sum_over_dp(count.to(mesh.device)).clamp_(min=1)
 
 
+def move(tensor: Tensor | None, mesh: Mesh) -> Tensor | None:
+    """To the mesh's device; on a GPU through pinned memory, so that the copy does not wait for the step before."""
+    if tensor is None or mesh.device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(mesh.device, non_blocking=True)
+
+
 def pad_sequence(
     tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None, mesh: Mesh
 ) -> tuple[Tensor, Tensor, Tensor | None]:

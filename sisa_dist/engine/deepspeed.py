@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig, UserError
+from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
-from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence
+from sisa_dist.engine.checks import unequal_replicas
+from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
 from sisa_dist.engine.norm import global_norm
@@ -65,11 +67,12 @@ class DeepSpeedEngine:
         shapes = {name: part.shape for name, part in self.slices.items()}
         self.zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer, shapes=shapes, moments=False),
+            optimizer=build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0),
             config=settings,
             mpu=_MPU(mesh),
             dist_init_required=False,
         )
+        zero_state.make_moments(self.zero, self.stage)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         count = count_labels(micro_batches, self.mesh)
@@ -79,8 +82,8 @@ class DeepSpeedEngine:
         self.model.reset_statistics()
         for number, batch in enumerate(micro_batches, start=1):
             self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
-            inputs = self._move(batch.tokens), self._move(batch.labels)
-            loss, _ = self.zero(*inputs, doc_ids_BT=self._move(batch.doc_ids))
+            inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
+            loss, _ = self.zero(*inputs, doc_ids_BT=move(batch.doc_ids, self.mesh))
             self.zero.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
         for group in self.zero.optimizer.param_groups:
@@ -107,7 +110,10 @@ class DeepSpeedEngine:
         self.zero.eval()
         with torch.no_grad():
             log_prob_BT, is_argmax_BT = self.zero(
-                self._move(tokens_BT), self._move(labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
+                move(tokens_BT, self.mesh),
+                move(labels_BT, self.mesh),
+                doc_ids_BT=move(doc_ids_BT, self.mesh),
+                per_token=True,
             )
         self.zero.train()
         return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
@@ -121,6 +127,19 @@ class DeepSpeedEngine:
         vectors = [p for p in self.model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
         with deepspeed.zero.GatheredParameters(vectors, enabled=self.stage == 3):
             return layer_statistics(self.model, self.mesh)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return zero_state.state_tensors(self.zero, self.stage, self.model, self.slices, self.mesh)
+
+    def set_step(self, step: int) -> None:
+        self.step_number = step
+        zero_state.set_step(self.zero, self.stage, step)
+
+    def unequal_replicas(self) -> dict[str, list[str]]:
+        # ZeRO-3 leaves a flat partition of each; alike over tp all the same, where the whole would be.
+        return unequal_replicas(
+            {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}, self.slices, self.mesh
+        )
 
     def _materialise(self, model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> None:
         """Give the meta model its initial weights. Under ZeRO-3 one block at a time, partitioned at once."""
@@ -143,9 +162,6 @@ class DeepSpeedEngine:
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)
-
-    def _move(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.mesh.device, non_blocking=True)
 
 
 class _MPU:

@@ -16,7 +16,7 @@ from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence
+from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
@@ -58,8 +58,8 @@ class FSDP2Engine:
         for number, batch in enumerate(micro_batches, start=1):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(micro_batches))
-            inputs = self._move(batch.tokens), self._move(batch.labels)
-            loss, _ = self.model(*inputs, doc_ids_BT=self._move(batch.doc_ids))
+            inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
+            loss, _ = self.model(*inputs, doc_ids_BT=move(batch.doc_ids, self.mesh))
             (loss * scale).backward()
             loss_sum += loss.detach()
         self.step_number += 1
@@ -78,11 +78,15 @@ class FSDP2Engine:
         tokens_BT, labels_BT, doc_ids_BT = pad_sequence(tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         with torch.no_grad():
             log_prob_BT, is_argmax_BT = self.model(
-                self._move(tokens_BT), self._move(labels_BT), doc_ids_BT=self._move(doc_ids_BT), per_token=True
+                move(tokens_BT, self.mesh),
+                move(labels_BT, self.mesh),
+                doc_ids_BT=move(doc_ids_BT, self.mesh),
+                per_token=True,
             )
-        # The root keeps its parameters gathered for a backward; here none comes, and state_tensors needs the shards.
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()
+        # What a forward leaves gathered waits for a backward; here none comes, and state_tensors needs the shards.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
 
     def sum_over_dp(self, values: list[float]) -> list[float]:
@@ -116,6 +120,3 @@ class FSDP2Engine:
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)
-
-    def _move(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self.mesh.device, non_blocking=True)

@@ -1,1 +1,1 @@
-"""How a model is laid over processes. Today: the mesh and its data axis."""
+"""How a model is laid over processes: the mesh, the plan of splits, what carries it out, and the view on storage."""

@@ -79,15 +79,14 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
             _cut_embedding(module, mesh, border)
     for name, region in model.named_modules():
         if any(fnmatchcase(name, pattern) for pattern in REGIONS):
-            columns = (
-                []
-                if not overlap
-                else [
-                    module
-                    for leaf, module in region.named_modules()
-                    if isinstance(module, nn.Linear) and splits[f"{name}.{leaf}.weight"].kind == "column"
-                ]
-            )
+            columns = [
+                module
+                for leaf, module in region.named_modules()
+                if overlap
+                and isinstance(module, nn.Linear)
+                and module.bias is None
+                and splits[f"{name}.{leaf}.weight"].kind == "column"
+            ]
             if columns:
                 enter_overlapped(region, columns, border)
             else:

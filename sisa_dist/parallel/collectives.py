@@ -98,7 +98,7 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
     """A tensor that holds the sum over the group once the work is waited for."""
-    total = x.contiguous().clone()
+    total = x.clone(memory_format=torch.contiguous_format)
     return total, dist.all_reduce(total, group=group, async_op=True)
 
 

@@ -46,6 +46,7 @@ def enter_before(module: nn.Module, border: Border) -> None:
 
 def leave_after(module: nn.Module, border: Border) -> None:
     """The module's output, a partial sum, leaves the region."""
+    assert getattr(module, "bias", None) is None, "each rank would add a row layer's bias to its part of the sum"
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         return border.leave(output)

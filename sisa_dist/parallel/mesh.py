@@ -96,7 +96,8 @@ def init_mesh(parallel: ParallelConfig, *, device: str = "auto") -> Mesh:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = torch.arange(world_size).view(replicate, shard, tp).permute(0, 2, 1)
+    # A new tensor, row by row: torch 2.11 reads an axis's place off the strides, which a permuted axis of one keeps.
+    ranks = torch.tensor(torch.arange(world_size).view(replicate, shard, tp).permute(0, 2, 1).tolist())
     device_mesh = DeviceMesh(chosen.type, ranks, mesh_dim_names=AXES)
     return Mesh(chosen, device_mesh, parallel.sequence_parallel)
 
@@ -113,7 +114,8 @@ def _sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
     if world_size % (tp * replicate):
         raise UserError(
             f"parallel.tp × parallel.dp_replicate = {tp} × {replicate} does not divide the {world_size} process(es) "
-            f"launched: launch a multiple of {tp * replicate}, or lower them"
+            f"launched: launch a multiple of {tp * replicate}, or set parallel.tp=1, parallel.dp_replicate=1 and "
+            "parallel.sequence_parallel=false"
         )
     return replicate, world_size // (tp * replicate), tp
 

@@ -56,6 +56,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
+        assert not ctx.made_of, "a column layer was called twice in its region: set engine.overlap to false"
         ctx.made_of[:] = x, dy
         return dy @ weight, None, None
 
@@ -102,10 +103,16 @@ def _delaying(cls: type[nn.Linear]) -> type[nn.Linear]:
 def enter_overlapped(region: nn.Module, columns: list[nn.Linear], border: Border) -> None:
     """As `layers.enter_before`, with the collective of the backward behind the dW of `columns`, layers of `region`."""
     for column in columns:
+        assert column.bias is None, "a column layer's bias is not delayed: leave the layer out"
         column.__class__ = _delaying(type(column))  # type: ignore[arg-type]
+
+    def forget(*_: Any) -> None:
+        for column in columns:
+            column.__dict__.pop("slot", None)
 
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BTD = arguments[0]
+        forget()  # what a recomputation left: it ends by an exception inside the region
         if not (torch.is_grad_enabled() and x_BTD.requires_grad):
             return (border.enter(x_BTD), *arguments[1:])
         running: list[Any] = []
@@ -115,9 +122,5 @@ def enter_overlapped(region: nn.Module, columns: list[nn.Linear], border: Border
             column.__dict__["slot"] = _Slot(_Delay.apply(column.weight, made_of), made_of)
         return (_Start.apply(x_BTD, border, running), *arguments[1:])
 
-    def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        for column in columns:
-            column.__dict__.pop("slot", None)
-
     region.register_forward_pre_hook(before)
-    region.register_forward_hook(after)
+    region.register_forward_hook(forget, always_call=True)

@@ -28,6 +28,7 @@ def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
     tp = mesh.tp_size > 1
     stride = torch.empty(part.shape, device="meta").stride()
     # Not DTensor.from_local: it would copy what is offloaded to the CPU to the mesh's device.
+    assert stored.dtype == torch.float32, "masters and moments are fp32: this is a gathered compute copy"
     local = (stored.to_local() if isinstance(stored, DTensor) else stored).detach()
     return DTensor(
         local,  # type: ignore[call-arg]

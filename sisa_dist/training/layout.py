@@ -16,7 +16,7 @@ from rich.table import Table
 
 import data_pipeline
 import sisa_dist
-from sisa_dist.config import RunConfig, dump_config
+from sisa_dist.config import ParallelConfig, RunConfig, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
 from sisa_dist.parallel.apply import Slice
@@ -30,30 +30,34 @@ def diagnose_layout(config: RunConfig) -> bool:
     Trains and writes nothing. Raises UserError where the config does not fit the launch.
     """
     check_tp(config.model, config.parallel.tp)
+    init_mesh(ParallelConfig(), device=config.device)  # the process group; the run's own mesh once all agree on it
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, _identity(config))
+    console = Console(highlight=False, quiet=dist.get_rank() != 0)
+    agreed, table = _agreement(everyone)
+    if not agreed:  # a model built from two configs would hang in its first collective
+        console.print(table)
+        return False
     mesh = init_mesh(config.parallel, device=config.device)
     engine = build_engine(config, mesh)
-    everyone: list[dict[str, Any]] = [{} for _ in range(mesh.world_size)]
-    dist.all_gather_object(everyone, _identity(config, mesh))
     unequal = engine.unequal_replicas()
-    agreement = _agreement(everyone, unequal)
-    if mesh.is_main:
-        console = Console(highlight=False)
-        for table in (
-            _mesh_table(everyone),
-            _slice_table(engine.slices, mesh),
-            _backend_table(config, mesh),
-            agreement[0],
-        ):
-            console.print(table)
-    return agreement[1]
+    for axis, names in unequal.items():
+        told = f"{len(names)} differ: {', '.join(names[:3])}" if names else "to the bit, by checksum"
+        _add(table, f"weights held alike along {axis}", not names, told)
+    places: list[list[int]] = [[] for _ in everyone]
+    dist.all_gather_object(places, [mesh.device_mesh.get_local_rank(axis) for axis in AXES])
+    console.print(_mesh_table(everyone, places))
+    console.print(_slice_table(engine.slices, mesh))
+    console.print(_backend_table(config, mesh))
+    console.print(table)
+    return not any(unequal.values())
 
 
-def _identity(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+def _identity(config: RunConfig) -> dict[str, Any]:
     tokenizer = config.data_folder / "tokenizer.model"
     return {
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
-        "place": [mesh.device_mesh.get_local_rank(axis) for axis in AXES],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and config.device != "cpu" else "cpu",
         "config": _hash(dump_config(config).encode()),
         "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer.is_file() else "not prepared",
         "code": code_version(),
@@ -72,10 +76,10 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _mesh_table(everyone: list[dict[str, Any]]) -> Table:
+def _mesh_table(everyone: list[dict[str, Any]], places: list[list[int]]) -> Table:
     table = Table("rank", "host", "device", *AXES, title="mesh: place on each axis", title_justify="left")
-    for rank, found in enumerate(everyone):
-        table.add_row(str(rank), found["host"], found["device"], *map(str, found["place"]))
+    for rank, (found, place) in enumerate(zip(everyone, places, strict=True)):
+        table.add_row(str(rank), found["host"], found["device"], *map(str, place))
     return table
 
 
@@ -129,17 +133,16 @@ def _backend_table(config: RunConfig, mesh: Mesh) -> Table:
     return table
 
 
-def _agreement(everyone: list[dict[str, Any]], unequal: Mapping[str, list[str]]) -> tuple[Table, bool]:
+def _agreement(everyone: list[dict[str, Any]]) -> tuple[bool, Table]:
     table = Table("agreement of all ranks", "", "", title_justify="left")
-    passed = True
+    agreed = True
     for key in ("config", "tokenizer", "code", "torch"):
         values = [found[key] for found in everyone]
         odd = [str(rank) for rank, value in enumerate(values) if value != values[0]]
-        passed &= not odd
-        told = values[0] if not odd else f"rank 0 has {values[0]}; ranks {', '.join(odd)} differ"
-        table.add_row(key, "[red]differs[/]" if odd else "[green]ok[/]", told)
-    for axis, names in unequal.items():
-        passed &= not names
-        told = f"{len(names)} differ: {', '.join(names[:3])}" if names else "to the bit, by checksum"
-        table.add_row(f"weights held alike along {axis}", "[red]differs[/]" if names else "[green]ok[/]", told)
-    return table, passed
+        agreed &= not odd
+        _add(table, key, not odd, f"rank 0 has {values[0]}; ranks {', '.join(odd)} differ" if odd else values[0])
+    return agreed, table
+
+
+def _add(table: Table, what: str, good: bool, told: str) -> None:
+    table.add_row(what, "[green]ok[/]" if good else "[red]differs[/]", told)

@@ -19,7 +19,7 @@ from distributed.probing import on_gradients, weights
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.optim import build_optimizer
-from sisa_dist.model import build_model
+from sisa_dist.model import build_model, loss
 from sisa_dist.model.init import Constant, Normal
 from sisa_dist.parallel.mesh import init_mesh
 
@@ -163,7 +163,9 @@ def run_case(case: Case, mutation: str | None = None, *, device: str = "cpu") ->
     """Train `case` for five clipped steps on the ranks of this process group, all of which have the same `case`."""
     from distributed.mutations import mutated
 
-    with constants_with_noise(), mutated(mutation) as mutate_engine:
+    # Six chunks of the loss in a batch, of 64 columns or a slice of them.
+    chunks = mock.patch.object(loss, "_CHUNK_ELEMENTS", 1 << 11)
+    with constants_with_noise(), chunks, mutated(mutation) as mutate_engine:
         config = case.config()
         mesh = init_mesh(config.parallel, device=device)
         engine = build_engine(config, mesh)

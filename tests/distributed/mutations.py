@@ -82,7 +82,7 @@ def _started(name: str, collective: Callable[[Tensor, Any], Tensor]) -> Any:
 @staticmethod  # type: ignore[misc]
 def _no_gradient(ctx: Any, nothing: None) -> tuple[Tensor, None]:
     x, dy = (tensor.flatten(0, -2) for tensor in ctx.made_of)
-    return torch.zeros(dy.shape[1], x.shape[1]), None
+    return dy.new_zeros(dy.shape[1], x.shape[1]), None
 
 
 def _slices(change: Callable[[str, apply.Slice], apply.Slice]) -> Any:
@@ -119,6 +119,12 @@ def _in_the_norm(pattern: str, tp_dim: int | None) -> EngineChange:
         engine._clip = clip  # type: ignore[method-assign]
 
     return change
+
+
+def _flag_forgotten(engine: Any) -> None:
+    """As if the flag had not been there when DeepSpeed looked."""
+    for parameter in engine.model.parameters():
+        parameter.tensor_model_parallel = False
 
 
 def _unaveraged(engine: FSDP2Engine) -> None:
@@ -166,5 +172,6 @@ MUTATIONS: dict[str, Any] = {
     "partial marked full: a shared gain": _marked_full("*.q_norm.weight"),
     "λ from the wrong rank": _wrong_lambda,
     "loss not averaged": _unaveraged,
+    "tensor_model_parallel forgotten": _flag_forgotten,
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distributed import probing
 from distributed.comparing import errors, red
 from distributed.grid import Case, batch, micro_batches, run_case, run_plain
 from distributed.pool import RankFailed, run_job
@@ -38,6 +39,12 @@ def test_an_option_changes_no_number(layout: str, options: dict[str, Any]) -> No
     case = dataclasses.replace(BASE, layout=layout, engine=tuple(options.items()))
     got = run_job(case.world_size, run_case, case)[0]
     assert not red(errors(case, got, run_plain(case.reference())))
+    if options.get("compile"):
+        assert all(graphs > 0 for graphs in run_job(case.world_size, _compiled_graphs))
+
+
+def _compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def test_accumulation_reduces_gradients_once_a_step() -> None:
@@ -95,6 +102,47 @@ def _faulty(case: Case, fault: str, mistake: str | None) -> None:
     if fault == "infinite":
         gain.register_hook(lambda grad: grad * float("inf"))
     engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
+
+
+def test_no_layer_keeps_a_weight_of_an_earlier_step() -> None:
+    """Under checkpointing a recomputation ends inside a region, by an exception: its slots must not serve a score."""
+    case = dataclasses.replace(Case("tp2", "sisa", 1, "uniform", "fp32"), checkpointing=True)
+    assert run_job(2, _stale_slots, case) == [0, 0]
+
+
+def _stale_slots(case: Case) -> int:
+    config = case.config()
+    mesh = init_mesh(config.parallel, device="cpu")
+    engine = build_engine(config, mesh)
+    engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
+    served = []
+    for module in engine.model.modules():  # type: ignore[attr-defined]
+        module.register_forward_hook(lambda module, arguments, output: served.append("slot" in module.__dict__))
+    whole = batch(case, 0)
+    engine.score(whole.tokens, whole.labels)
+    assert len(served) > 20
+    return sum(served)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_after_a_score_is_the_state_before(precision: str) -> None:
+    """With reshard_after_forward off a score leaves weights gathered; a checkpoint behind it must not see them."""
+    case = Case("dp2", "sisa", 2, "uniform", precision, engine=(("reshard_after_forward", False),))
+    assert run_job(2, _state_round_a_score, case) == [True, True]
+    if precision == "bf16":
+        assert run_job(1, _state_round_a_score, dataclasses.replace(case, layout="tp1")) == [True]
+
+
+def _state_round_a_score(case: Case) -> bool:
+    config = case.config()
+    mesh = init_mesh(config.parallel, device="cpu")
+    engine = build_engine(config, mesh)
+    engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
+    before = {name: probing.whole(tensor) for name, tensor in engine.state_tensors().items()}
+    whole = batch(case, 0)
+    engine.score(whole.tokens, whole.labels)
+    after = {name: probing.whole(tensor) for name, tensor in engine.state_tensors().items()}
+    return before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_lengths_that_tp_does_not_divide_are_scored_under_sequence_parallelism() -> None:

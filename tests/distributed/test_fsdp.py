@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ import torch
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
-from sisa_dist.engine import build_engine
-from sisa_dist.engine.fsdp import FSDP2Engine
-from sisa_dist.parallel.mesh import init_mesh
+from sisa_dist.engine import Engine, StepResult, build_engine
+from sisa_dist.parallel.mesh import Mesh, init_mesh
+from sisa_dist.training import trainer
 from sisa_dist.training.checkpoint import list_checkpoints
 from sisa_dist.training.trainer import train
 
@@ -24,17 +25,23 @@ def _train(config: RunConfig, crash_at: int | None = None) -> None:
     if crash_at is None:
         train(config, quiet=True)
         return
-    real, calls = FSDP2Engine.train_step, 0
+    real, calls = trainer.build_engine, 0
 
-    def train_step(engine: FSDP2Engine, *args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == crash_at:
-            raise KeyboardInterrupt
-        return real(engine, *args)  # type: ignore[arg-type]
+    def build(config: RunConfig, mesh: Mesh) -> Engine:
+        engine = real(config, mesh)
+        step = engine.train_step
 
-    FSDP2Engine.train_step = train_step  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
+        def train_step(*args: object) -> StepResult:
+            nonlocal calls
+            calls += 1
+            if calls == crash_at:
+                raise KeyboardInterrupt
+            return step(*args)  # type: ignore[arg-type]
+
+        engine.train_step = train_step  # type: ignore[method-assign]
+        return engine
+
+    with mock.patch.object(trainer, "build_engine", build), pytest.raises(KeyboardInterrupt):
         train(config, quiet=True)
 
 
@@ -82,27 +89,6 @@ def test_two_processes_equal_one(tiny: RunConfig, tmp_path: Path, name: str) -> 
         assert (tensor - second[key]).abs().max() < tolerance, key
     moved = {k for k in first if k.startswith("model.") and (first[k] - _initial(one)[k]).abs().max() > 1e-5}
     assert len(moved) == sum(k.startswith("model.") for k in first)
-
-
-def test_an_unaveraged_loss_would_be_seen(tiny: RunConfig, tmp_path: Path) -> None:
-    """The mutation: forget that FSDP averages over ranks, and the gradient norm is off by the number of ranks."""
-    sections = {"training": {"micro_batch_size": 1, "steps": 2}}
-    train(_with(tiny, tmp_path / "one", **sections), quiet=True)
-    run_ranks(_train_unaveraged, 2, tmp_path / "ranks", _with(tiny, tmp_path / "two", **sections))
-    a, b = losses(tmp_path / "one")[0], losses(tmp_path / "two")[0]
-    assert abs(a[1] - b[1]) < 1e-5, "the first loss does not show it"
-    assert abs(a[2] - b[2]) > 0.1 * a[2]
-
-
-def _train_unaveraged(config: RunConfig) -> None:
-    real = FSDP2Engine.__init__
-
-    def init(engine: FSDP2Engine, *args: object) -> None:
-        real(engine, *args)  # type: ignore[arg-type]
-        engine.dp_size = 1
-
-    FSDP2Engine.__init__ = init  # type: ignore[method-assign, assignment]
-    train(config, quiet=True)
 
 
 def test_initial_weights_have_the_same_bits_on_two_processes(tiny: RunConfig, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from distributed.comparing import errors, red
 from distributed.grid import Case, Outcome, covering_subset, run_case
-from distributed.mutations import MUTATIONS
 from distributed.pool import run_job
 from distributed.test_grid import MISTAKES
 
@@ -28,7 +27,7 @@ def test_layout_equals_one_gpu(case: Case) -> None:
     assert len(found) > 60 and not red(found)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_turns_the_grid_red(name: str) -> None:
     case, term = MISTAKES[name]
     got = run_job(case.world_size, run_case, case, name, device="cuda")[0]

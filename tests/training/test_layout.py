@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,7 +16,7 @@ from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training import layout
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "device": "cpu",
     "model": {
         "vocab_size": 250,
@@ -39,6 +40,10 @@ def _diagnose(config: RunConfig, fault: str | None) -> tuple[bool, str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(mock.patch.dict("os.environ", {"COLUMNS": "160"}))
+        if fault == "config" and second:
+            config = parse_config(
+                CONFIG | {"model": CONFIG["model"] | {"n_layers": 2, "d_s": 8, "mixer": "sisa"}}, source="x"
+            )
         if fault == "code" and second:
             stack.enter_context(mock.patch.object(layout, "code_version", lambda: "edited"))
         if fault == "weights" and second:
@@ -73,7 +78,7 @@ def test_doctor_shows_the_mesh_the_slices_and_the_backends() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("code", "ranks 1 differ"), ("weights", "1 differ: norm.weight")],
+    [("config", "ranks 1 differ"), ("code", "ranks 1 differ"), ("weights", "1 differ: norm.weight")],
 )
 def test_doctor_fails_on_every_rank_where_one_disagrees(fault: str, message: str) -> None:
     results = run_job(4, _diagnose, parse_config(CONFIG, source="test"), fault)

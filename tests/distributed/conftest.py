@@ -1,0 +1,31 @@
+"""Says how many cases of the equivalence grid ran, and fails a run of it that held fewer than promised."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+FLOORS = {
+    "test_layout_equals_one_process": 36,
+    "test_a_mistake_turns_the_grid_red": 25,
+    "test_full_product_equals_one_process": 216,
+    "test_zero_equals_one_process": 24,
+}
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.config.option.collectonly:
+        return
+    names = [report.nodeid.split("::")[-1].split("[")[0] for report in reporter.stats.get("passed", [])]
+    ran = Counter(name for name in names if name in FLOORS)
+    if not ran:
+        return
+    reporter.write_line("")
+    reporter.write_line("equivalence grid, cases passed: " + ", ".join(f"{name} {n}" for name, n in ran.items()))
+    chosen = session.config.option.keyword or any("::" in argument for argument in session.config.args)
+    short = [name for name, number in ran.items() if number < FLOORS[name]]
+    if short and not chosen and not exitstatus:
+        reporter.write_line(f"fewer than promised: {', '.join(f'{name} {FLOORS[name]}' for name in short)}", red=True)
+        session.exitstatus = 1
