@@ -87,6 +87,45 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(
     assert says in err and err.startswith("sisa: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "grouped", "says"),
+    [
+        ("0", "0", False, "sisa: absent.yaml: no such config file"),
+        ("8", "0", False, "sisa: rank 8 on HOST: absent.yaml: no such config file"),
+        ("1", "1", False, ""),
+        ("1", "1", True, "sisa: rank 1 on HOST: absent.yaml: no such config file"),
+    ],
+)
+def test_of_several_ranks_as_few_as_will_do_speak(
+    rank: str,
+    local_rank: str,
+    grouped: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    waits: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "HOST")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: grouped)
+    code, _, err = run(monkeypatch, capsys, "train", "absent.yaml")
+    assert (code, err.strip()) == (2, says)
+    # Time for a launcher that looks once a second to end those that have nothing to add; other hosts' first is sooner.
+    assert waits == ([] if rank == "0" else [2.0] if local_rank == "0" else [4.0])
+
+
+def test_a_bare_deepspeed_writes_its_option_before_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(monkeypatch, capsys, "--local_rank=0", "train", "absent.yaml")
+    assert (code, err) == (2, "sisa: absent.yaml: no such config file\n")
+
+
 def test_doctor_passes_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(monkeypatch, capsys, "doctor")
     assert code == 0 and "score path" in out

@@ -14,10 +14,33 @@ ROOT = Path(__file__).parents[1]
 STAND_IN = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$LOG"
 case "$*" in
-"-m venv"*) mkdir -p "${!#}/bin"; for tool in python sisa torchrun; do cp "$0" "${!#}/bin/$tool"; done ;;
+"-m venv"*) mkdir -p "${!#}/bin"; for tool in python sisa torchrun deepspeed; do cp "$0" "${!#}/bin/$tool"; done ;;
 *device_count*) echo "${GPUS:-0}" ;;
+*" train "* | "train "*) env | grep -E "^($NAMES)=" | sort >>"$LOG" ;;
+*"--editable"*) env | grep -E "^DS_" | sort >>"$LOG" ;;
+esac
+exit "${CODE:-0}"
+"""
+# Of the launchers of several hosts: ssh and srun do here what they would do there.
+SSH = '#!/bin/bash\necho "ssh $4" >>"$LOG"\neval "exec env $CLEAN NAMES=\'$NAMES\' ${5#*exec env }"\n'
+SRUN = """#!/bin/bash
+echo "srun $*" >>"$LOG"
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NUM_NODES=2 SLURM_STEP_TASKS_PER_NODE="2(x2)"
+for task in 0 1 2 3; do SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" || exit; done
+"""
+SCONTROL = '#!/bin/bash\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n'
+IP = """#!/bin/bash
+case "$*" in
+*"route show default") echo "default via 10.0.0.254 dev eth9" ;;
+*"route get 10.0.0.1") echo "10.0.0.1 dev eth0 src 10.0.0.2 uid 0" ;;
+*"address show to 10.0.0.2") echo "7: eth0    inet 10.0.0.2/24 scope global eth0" ;;
+*) exit 1 ;;
 esac
 """
+GETENT = '#!/bin/bash\n[ "$2" = n1 ] && echo "10.0.0.1       STREAM n1" || echo "127.0.1.1  STREAM $2"\n'
+SLURM = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+SLURM |= {"SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 BROKEN = '#!/bin/bash\n[ "$*" != "-m pip --version" ]\n'
 
 
@@ -26,6 +49,16 @@ def clone(tmp_path: Path) -> Path:
     for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     write(tmp_path / "python3", STAND_IN)
+    others = {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "ip": IP,
+        "getent": GETENT,
+        "ssh": SSH,
+        "nproc": "#!/bin/sh\necho 12\n",
+    }
+    for name, text in others.items():
+        write(tmp_path / "tools" / name, text)
     return tmp_path
 
 
@@ -35,29 +68,158 @@ def write(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def launch(clone: Path, *arguments: str, code: int = 0, **environment: str) -> list[str]:
-    """The commands it ran, without those of the environment's making."""
+def launch(
+    clone: Path, *arguments: str, code: int = 0, says: str = "", names: str = "-", **environment: str
+) -> list[str]:
+    """The commands it ran, without those of the environment's making; after `train` the variables among `names`."""
     log = clone / "log"
     log.unlink(missing_ok=True)
     log.touch()
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "NPROC")}
-    made = {"PYTHON": str(clone / "python3"), "LOG": str(log)} | environment
+    kept = {"PATH": f"{clone / 'tools'}:{os.environ['PATH']}"}
+    made = {"PYTHON": str(clone / "python3"), "LOG": str(log), "NAMES": names} | environment
     command = ["bash", str(clone / "launch.sh"), *arguments]
     ended = subprocess.run(command, cwd="/", env=kept | made, capture_output=True, text=True)
     assert ended.returncode == code, ended.stderr
+    assert says in ended.stdout + ended.stderr
     return log.read_text(encoding="utf-8").splitlines()
+
+
+def after_preparing(found: list[str], prepared: str) -> list[str]:
+    found = [line for line in found if not line.startswith("python ")]
+    assert found[0] == prepared
+    return found[1:]
 
 
 def test_a_fresh_clone_trains_after_preparing(clone: Path) -> None:
     train = ("train", "c.yaml", "--accept-changes", "--set", "name=a b")
     first = launch(clone, *train)
-    assert "python3 -m venv --clear .venv" in first and any("--editable" in line for line in first)
+    assert "python3 -m venv --clear .venv" in first and any("--editable .[test,deepspeed]" in line for line in first)
+    assert "DS_BUILD_OPS=0" in first and "DS_ACCELERATOR=cpu" in first
     prepared, trains = "sisa prepare c.yaml --set name=a b", "train c.yaml --accept-changes --set name=a b"
     for gpus, launcher in (("1", "sisa"), ("2", "torchrun --standalone --nproc-per-node 2 -m sisa_dist.cli")):
         found = launch(clone, *train, GPUS=gpus)
         assert [line for line in found if not line.startswith("python ")] == [prepared, f"{launcher} {trains}"]
-    assert "sisa prepare" not in " ".join(launch(clone, *train, RANK="1"))
+    assert launch(clone, *train, RANK="1", GPUS="8") == [f"sisa {trains}"]
     assert launch(clone, "train", code=2) == []
+
+
+def test_deepspeed_is_installed_for_the_gpus_where_there_are_some(clone: Path) -> None:
+    found = launch(clone, "setup", GPUS="1")
+    assert "DS_BUILD_OPS=0" in found and "DS_ACCELERATOR=cpu" not in found
+
+
+def test_local_processes_share_the_cores_and_gpu_hosts_get_no_cpu_settings(clone: Path) -> None:
+    launch(clone, "setup")
+    names, train = "OMP_NUM_THREADS|DS_ACCELERATOR|GLOO_SOCKET_IFNAME", ("train", "c.yaml")
+    on_cpu = launch(clone, *train, names=names, NPROC="3", says="+ OMP_NUM_THREADS=4\n+ DS_ACCELERATOR=cpu\n")
+    assert on_cpu[-2:] == ["DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=4"]
+    assert launch(clone, *train, names=names, GPUS="8")[-1] == "OMP_NUM_THREADS=1"
+    assert "DS_ACCELERATOR" not in " ".join(launch(clone, *train, names=names, GPUS="8"))
+    kept = launch(clone, *train, names=names, GPUS="2", OMP_NUM_THREADS="9", GLOO_SOCKET_IFNAME="ib0")
+    assert kept[-2:] == ["GLOO_SOCKET_IFNAME=ib0", "OMP_NUM_THREADS=9"]
+
+
+def test_the_exit_code_is_the_commands(clone: Path) -> None:
+    launch(clone, "setup")
+    assert launch(clone, "train", "c.yaml", RANK="0", CODE="75", code=75) == ["sisa train c.yaml"]
+
+
+def test_torchrun_on_several_hosts(clone: Path) -> None:
+    launch(clone, "setup")
+    train, names = ("train", "c.yaml", "--set", "a=b c"), "DS_ACCELERATOR|GLOO_SOCKET_IFNAME"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint n1:29400"
+    trains = "-m sisa_dist.cli train c.yaml --set a=b c"
+    found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400")
+    assert after_preparing(found, "sisa prepare c.yaml --set a=b c") == [
+        f"torchrun --nnodes 2 --nproc-per-node 1 {rendezvous} {trains}",
+        "DS_ACCELERATOR=cpu",
+        "GLOO_SOCKET_IFNAME=eth0",
+    ]
+    # The meeting host may know itself as loopback.
+    assert launch(clone, *train, names=names, NNODES="2", RDZV="me:29400")[-1] == "GLOO_SOCKET_IFNAME=eth9"
+    for node, keeps in (("0", "true"), ("1", "false")):
+        found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400", NODE_RANK=node, GPUS="8")
+        assert found[-1] == f"torchrun --nnodes 2 --nproc-per-node 8 {rendezvous} --rdzv-conf is_host={keeps} {trains}"
+        assert ("sisa prepare c.yaml --set a=b c" in found) == (node == "0")
+    launch(clone, *train, code=2, says="set NNODES", RDZV="n1:29400")
+    launch(clone, *train, code=2, says="set RDZV=host:port", NNODES="2")
+
+
+def test_a_hostfile_starts_deepspeed_on_each_host(clone: Path) -> None:
+    launch(clone, "setup")
+    (clone / "hosts").write_text("# ours\n\nme@n1 slots=4\nn2  slots=2 # small\n", encoding="utf-8")
+    train, names = ("train", "c.yaml", "--set", "a=$b 'c'"), "DS_ACCELERATOR|GLOO_SOCKET_IFNAME|OMP_NUM_THREADS|NCCL_X"
+    # What this host decided for itself does not go along; it is asked for anew there.
+    clean = "-u GPUS -u DS_ACCELERATOR"
+    sent = {"HOSTFILE": "hosts", "NCCL_X": "1", "DS_ACCELERATOR": "here", "GPUS": "1", "CLEAN": clean}
+    found = after_preparing(launch(clone, *train, names=names, **sent), "sisa prepare c.yaml --set a=$b 'c'")
+    for node, (host, threads) in enumerate((("me@n1", 3), ("n2", 6))):
+        command = (
+            f"deepspeed --hostfile hosts --no_ssh --node_rank {node} --master_addr n1 --master_port 29500 "
+            "--no_local_rank --module sisa_dist.cli train c.yaml --set a=$b 'c'"
+        )
+        assert f"ssh {host}" in found and command in found and f"OMP_NUM_THREADS={threads}" in found
+    for line in ("DS_ACCELERATOR=cpu", "GLOO_SOCKET_IFNAME=eth0", "NCCL_X=1"):
+        assert found.count(line) == 2
+    assert "DS_ACCELERATOR=here" not in found
+    launch(clone, *train, code=2, says="no such file", HOSTFILE="absent")
+    (clone / "hosts").write_text("n1\n", encoding="utf-8")
+    launch(clone, *train, code=2, says="no line like worker-1 slots=8", HOSTFILE="hosts")
+
+
+def test_an_allocation_of_slurm_trains_a_rank_a_task(clone: Path) -> None:
+    launch(clone, "setup")
+    train, names = ("train", "c.yaml", "--set", "a=b c"), "[A-Z_]*RANK|WORLD_SIZE|MASTER_[A-Z]*|[A-Z_]*_IFNAME"
+    found = launch(clone, *train, names=names, **SLURM, SLURM_CPUS_PER_TASK="7")
+    started, *ranks = after_preparing(found, "sisa prepare c.yaml --set a=b c")
+    options = "--kill-on-bad-exit=0 --wait=60"
+    assert started == f"srun {options} --cpus-per-task=7 ./launch.sh train c.yaml --set a=b c"
+    for rank in range(4):
+        assert ranks[7 * rank : 7 * rank + 7] == [
+            "sisa train c.yaml --set a=b c",
+            "GLOO_SOCKET_IFNAME=eth0",
+            f"LOCAL_RANK={rank % 2}",
+            "MASTER_ADDR=n1",
+            "MASTER_PORT=20007",
+            f"RANK={rank}",
+            "WORLD_SIZE=4",
+        ]
+    # Each task sees one GPU of its own: number 0.
+    found = launch(clone, *train, names="LOCAL_RANK", **SLURM, GPUS="1", CUDA_VISIBLE_DEVICES="3")
+    assert found.count("LOCAL_RANK=0") == 4
+    found = launch(clone, *train, **SLURM, NPROC="3")
+    assert f"srun {options} --ntasks=6 --ntasks-per-node=3 ./launch.sh train c.yaml --set a=b c" in found
+    launch(clone, *train, **SLURM, SLURM_GPUS_ON_NODE="8", code=2, says="--ntasks-per-node=8")
+    assert launch(clone, *train, **SLURM, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1")[-1].startswith("sisa train")
+
+
+@pytest.mark.parametrize(
+    ("train", "code", "requeued"),
+    [
+        ('trap "echo saved; exit 75" USR1; sleep 0.3; kill -USR1 $PPID; while :; do sleep 0.1; done', 75, True),
+        ('trap "echo saved; exit 75" TERM; sleep 0.3; kill -TERM $PPID; while :; do sleep 0.1; done', 75, False),
+        ("exit 3", 3, False),
+        ("exit 0", 0, False),
+    ],
+)
+def test_the_slurm_template_requeues_what_asks_for_it(clone: Path, train: str, code: int, requeued: bool) -> None:
+    write(clone / "launch.sh", f'#!/bin/bash\necho "$*" >>"$LOG"\n{train}\n')
+    write(clone / "tools" / "scontrol", '#!/bin/bash\necho "scontrol $*" >>"$LOG"\n')
+    made = {"PATH": f"{clone / 'tools'}:{os.environ['PATH']}", "LOG": str(clone / "log")}
+    made |= {"SLURM_SUBMIT_DIR": str(clone), "SLURM_JOB_ID": "7"}
+    command = ["bash", str(ROOT / "tools" / "slurm_train.sbatch"), "c.yaml", "--set", "a=b c"]
+    ended = subprocess.run(command, env=made, capture_output=True, text=True, timeout=8)
+    assert ended.returncode == code and ("saved" in ended.stdout) == (code == 75)
+    log = (clone / "log").read_text(encoding="utf-8").splitlines()
+    assert log == ["train c.yaml --set a=b c", *(["scontrol requeue 7"] if requeued else [])]
+
+
+def test_the_scripts_pass_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    scripts = [str(ROOT / "launch.sh"), str(ROOT / "tools" / "slurm_train.sbatch")]
+    checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.parametrize("command", ["prepare", "eval", "generate", "doctor"])
@@ -79,4 +241,6 @@ def test_help_names_every_command(clone: Path) -> None:
     said = subprocess.run(["bash", str(clone / "launch.sh"), "help"], capture_output=True, text=True).stdout
     for command in ("quickstart", "test", "train CONFIG", "prepare|eval|generate|doctor", "setup"):
         assert f"./launch.sh {command}" in said
-    assert said.splitlines()[-1].startswith("  ./launch.sh setup")
+    for way in ("NPROC=", "HOSTFILE=", "RDZV=", "sbatch tools/slurm_train.sbatch"):
+        assert way in said
+    assert said.splitlines()[-1].endswith("only on a host without GPUs.")
