@@ -19,8 +19,8 @@ class BuildLog:
         self._started, self._last = time.monotonic(), ""
 
     def __call__(self, module_name: str) -> None:
-        layer = ".".join(module_name.split(".")[:2]) if module_name.startswith("blocks.") else module_name.split(".")[0]
-        if layer == self._last:
+        layer = ".".join(module_name.split(".")[:2])
+        if layer in (self._last, "blocks"):
             return
         self._last = layer
         self._mesh.enter(f"build {layer}")  # a layer may take as long as the timeout allows, not the whole model

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from sisa_dist.parallel.mesh import Pulse
 
-_WIDTH = 640  # bytes of a file; one write of fixed length is never seen half
+IN_COLLECTIVE = "collective "
+_WIDTH = 1024  # bytes of a file; one write of fixed length is never seen half
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class Beat:
     phase: str
     entered: float  # seconds since the epoch
     beat: float  # of the last sign of life
-    failed: str | None = None  # its own exception, in one line
+    at: str = ""  # once it has not moved for a while: the collective it is in, or the line of code
+    failed: str | None = None  # its exception, in one line
+    failed_at: float = 0.0
+    gave_up: bool = False  # it ends because it waited in vain
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on host {self.host} (pid {self.pid}), in step {self.step}, {self.phase}"
+        at = f" ({self.at})" if self.at else ""
+        return f"rank {self.rank} on host {self.host} (pid {self.pid}), in step {self.step}, {self.phase}{at}"
 
 
 class HeartbeatFile:
@@ -45,6 +50,8 @@ class HeartbeatFile:
         self._rank, self._pulse, self._host = rank, pulse, socket.gethostname()
         self._file = os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
         self._failed: str | None = None
+        self._failed_at = 0.0
+        self.at, self.gives_up = "", False
         self.write()
 
     def write(self) -> None:
@@ -58,14 +65,26 @@ class HeartbeatFile:
             os.fsync(self._file)
 
     def fail(self, why: str) -> None:
-        self._failed = " ".join(why.split())[:300]
+        self._failed, self._failed_at = " ".join(why.split())[:300], time.time()
         self.write()
         self.sync()
 
     def now(self) -> Beat:
         pulse, now = self._pulse, time.time()
         entered = now - (time.monotonic() - pulse.since)
-        return Beat(self._rank, self._host, os.getpid(), pulse.step, pulse.phase[:80], entered, now, self._failed)
+        return Beat(
+            rank=self._rank,
+            host=self._host,
+            pid=os.getpid(),
+            step=pulse.step,
+            phase=pulse.phase[:80],
+            entered=entered,
+            beat=now,
+            at=self.at[:80],
+            failed=self._failed,
+            failed_at=self._failed_at,
+            gave_up=self.gives_up,
+        )
 
     def close(self, *, well: bool) -> None:
         """A rank that ended well leaves no file."""
@@ -96,19 +115,21 @@ def blame(mine: int, before: dict[int, Beat], after: dict[int, Beat]) -> str | N
     `before` and `after` are the heartbeats at two moments, far enough apart for every living rank to beat in between.
     """
     others = [beat for rank, beat in after.items() if rank != mine]
-    for beat in others:
-        if beat.failed is None and (state := process_state(beat)) in ("gone", "stopped"):
-            how = "its process is gone" if state == "gone" else "its process is stopped"
-            return f"{beat}: {how}"
-    failed = [beat for beat in after.values() if beat.failed is not None]
-    silent = [b for b in others if b.failed is None and b.rank in before and b.beat <= before[b.rank].beat]
+    unexplained = [beat for beat in others if beat.failed is None and not beat.gave_up]
+    for beat in unexplained:
+        if (state := process_state(beat)) in ("gone", "stopped"):
+            return f"{beat}: its process is {state}"
+    silent = [beat for beat in unexplained if beat.rank in before and beat.beat <= before[beat.rank].beat]
     if silent:
         oldest = min(silent, key=lambda beat: beat.beat)
         return f"{oldest}: no sign of life for {time.time() - oldest.beat:.0f} s"
+    failed = [beat for beat in after.values() if beat.failed is not None]
     if failed:
-        first = min(failed, key=lambda beat: beat.beat)
+        first = min(failed, key=lambda beat: beat.failed_at)
         return None if first.rank == mine else f"{first}: it failed first, with {first.failed}"
-    behind = min(after.values(), key=lambda beat: (beat.step, beat.entered), default=None)
+    # Who is in a collective waits for somebody who is not.
+    outside = [beat for beat in after.values() if beat.at and not beat.at.startswith(IN_COLLECTIVE)]
+    behind = min(outside or after.values(), key=lambda beat: (beat.step, beat.entered), default=None)
     if behind is None or behind.rank == mine:
         return None
     return f"{behind}: it lives, but is furthest behind, {time.time() - behind.entered:.0f} s in that phase"

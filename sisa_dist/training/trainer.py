@@ -125,8 +125,8 @@ def _loop(
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop
             if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
-                done = not stopping and _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
-                stopping, state = not done, replace(state, evaluation_due=not done)
+                done = _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
+                stopping, state = stopping or not done, replace(state, evaluation_due=not done)
             # While steps are skipped the weights may be ruined already: they must not push out good checkpoints.
             save_due |= training.checkpoint_every is not None and (step + 1) % training.checkpoint_every == 0
             if last or stopping or (save_due and not result.skipped):

@@ -15,17 +15,18 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
 from sisa_dist.config import UserError
 from sisa_dist.parallel.mesh import Mesh
-from sisa_dist.training.heartbeat import Beat, HeartbeatFile, blame, path_of, process_state, read_beats
+from sisa_dist.training.heartbeat import IN_COLLECTIVE, Beat, HeartbeatFile, blame, path_of, process_state, read_beats
 from sisa_dist.training.signals import Requeue, StopRequest
 
 # Of the timeout: before NCCL's own watchdog aborts the process without a word of ours, and with time left to settle.
 _LIMIT = 0.85
+_COLLECTIVES = ("distributed/distributed_c10d.py", "distributed/_functional_collectives.py")
 
 
 class Watchdog:
@@ -79,6 +80,8 @@ class Watchdog:
             self._heartbeat.write()
             self._heartbeat.sync()
             stuck = time.monotonic() - self._mesh.pulse.since
+            waits = stuck > 2 * self._interval and not self._telling.locked()
+            self._heartbeat.at = self._where() if waits else ""
             if self._mesh.world_size > 1 and os.getppid() != self._parent:
                 self._stop.ask("the end of its launcher")
             lost = [
@@ -92,13 +95,23 @@ class Watchdog:
     def _give_up(self, why: str) -> None:
         if not self._telling.acquire(blocking=False):
             return  # the main thread is at it
-        frame = sys._current_frames().get(self._main or 0)
-        if frame is not None:
-            traceback.print_stack(frame, limit=8)
+        if (frame := self._main_frame()) is not None:
+            traceback.print_stack(frame)
+        self._heartbeat.gives_up = True  # so that nobody takes it for a rank that went of its own
         print(self._verdict(why), file=sys.stderr, flush=True)
-        self._heartbeat.fail(why)
         # Not sys.exit: the main thread cannot be reached, and exit handlers may wait for the rank that is gone.
         os._exit(1)
+
+    def _main_frame(self) -> FrameType | None:
+        return sys._current_frames().get(self._main or 0)
+
+    def _where(self) -> str:
+        """The collective that the main thread is in, by PyTorch's name for it, or else the line of code."""
+        frames = [frame for frame, _ in traceback.walk_stack(self._main_frame())]  # innermost first
+        collectives = [f.f_code.co_name for f in frames if f.f_code.co_filename.endswith(_COLLECTIVES)]
+        if collectives:
+            return IN_COLLECTIVE + collectives[-1]
+        return f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else ""
 
     def _verdict(self, why: str) -> str:
         before = read_beats(self._folder)
@@ -108,10 +121,7 @@ class Watchdog:
         mine = self._heartbeat.now()
         suspect = blame(mine.rank, before, read_beats(self._folder))
         told = f"; suspect: {suspect}" if suspect else ""
-        line = (
-            f"sisa: rank {mine.rank} on host {mine.host} (pid {mine.pid}), step {mine.step}, {mine.phase}: {why}{told}"
-        )
-        print(line, file=sys.stderr, flush=True)
+        return f"sisa: {mine}: {why}{told}"
 
 
 def _first_line(error: BaseException) -> str:
