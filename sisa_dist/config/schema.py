@@ -7,7 +7,7 @@ vocabulary) is checked where those are known.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
@@ -160,7 +160,9 @@ class ParallelConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["fsdp2"] = "fsdp2"
+    kind: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    zero_stage: Literal[0, 1, 2, 3] = 3  # deepspeed only: what data ranks share out (1 moments, 2 gradients, 3 weights)
+    deepspeed_config: dict[str, Any] = {}  # deepspeed only: keys of its own JSON, laid over the generated ones
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile, one block at a time
@@ -172,6 +174,12 @@ class EngineConfig(Section):
 
     @_model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
+        if self.kind != "deepspeed" and (self.deepspeed_config or self.zero_stage != 3):
+            raise ValueError("engine.zero_stage and deepspeed_config need engine.kind deepspeed: set it or remove them")
+        if self.kind == "deepspeed":
+            for key, neutral in (("prefetch", 0), ("reshard_after_forward", True), ("overlap", None)):
+                if getattr(self, key) != neutral:
+                    raise ValueError(f"engine.{key} has no effect under engine.kind deepspeed: remove it")
         if self.compile and self.overlap:
             raise ValueError("engine.overlap is not possible under engine.compile: remove one of them")
         return self

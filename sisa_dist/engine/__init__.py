@@ -10,4 +10,8 @@ __all__ = ["Engine", "StepResult", "build_engine"]
 
 def build_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """The engine that `config.engine.kind` names, with its model at the initial weights."""
+    if config.engine.kind == "deepspeed":
+        from sisa_dist.engine.deepspeed import DeepSpeedEngine  # late: its import takes seconds, and it is an extra
+
+        return DeepSpeedEngine(config, mesh)
     return FSDP2Engine(config, mesh)

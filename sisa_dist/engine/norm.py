@@ -12,17 +12,17 @@ from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
 
 
-def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh) -> Tensor:
+def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh, *, sharded: bool = True) -> Tensor:
     """L2 norm of all gradients as one vector, fp32 scalar on `mesh.device`, equal on every rank. Collective.
 
     A gradient cut by tp is summed over tp and FSDP's axis; one that every tp rank holds whole over FSDP's axis alone,
-    or it would count tp times.
+    or it would count tp times. Without `sharded` every data rank has the gradients of its slices whole.
     """
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for grad, part in grads:
         parts[part.tp_dim is not None].append(grad.to_local() if isinstance(grad, DTensor) else grad)
     squares = torch.stack([_square(parts[True], mesh.device), _square(parts[False], mesh.device)])
-    cut, whole = mesh.sum_over(squares, "dp_shard").unbind()
+    cut, whole = (mesh.sum_over(squares, "dp_shard") if sharded else squares).unbind()
     return (mesh.sum_over(cut, "tp") + whole).sqrt().float()
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from sisa_dist.config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, shapes: Mapping[str, torch.Size] | None = None, moments: bool = True
+) -> torch.optim.AdamW:
     """Groups: matrices (decayed), vectors (gains and biases, not decayed), λ_raw (not decayed, lr × lambda_lr_ratio).
 
-    Each group carries `lr_ratio`; the engine sets lr = lr(step) · lr_ratio. Moments exist from the start, as zeros,
-    so that a checkpoint can be read into them before the first step.
+    Each group carries `lr_ratio`; the engine sets lr = lr(step) · lr_ratio.
+    `shapes` are the global ones, where a parameter does not show its own (ZeRO-3). Moments exist from the start, as
+    zeros, so that a checkpoint can be read into them before the first step; not where an engine makes them elsewhere.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "lambda": []}
     for name, parameter in model.named_parameters():
-        kind = "lambda" if name.endswith("lambda_raw") else "vectors" if parameter.ndim < 2 else "matrices"
+        shape = shapes[name] if shapes else parameter.shape
+        kind = "lambda" if name.endswith("lambda_raw") else "vectors" if len(shape) < 2 else "matrices"
         groups[kind].append(parameter)
     settings = {
         "matrices": {"weight_decay": config.weight_decay, "lr_ratio": 1.0},
@@ -30,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.eps,
         fused=True,
     )
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+    for parameter in (p for group in optimizer.param_groups for p in group["params"] if moments):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

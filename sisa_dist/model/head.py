@@ -29,6 +29,7 @@ class Head(nn.Module):
         """Logits [B, T, vocab_size] fp32; with labels (loss sum, count); per token (log-probability, is-argmax)."""
         if weight_VD is None:
             weight_VD = self.weight
+        weight_VD = weight_VD.to(h_BTD.dtype)
         if labels_BT is None:
             return all_logits(h_BTD, weight_VD, self.vocabulary)
         flat = (h_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), self.vocabulary)

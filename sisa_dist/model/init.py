@@ -49,11 +49,17 @@ class Normal:
 
 
 def init_parameters(
-    model: nn.Module, *, seed: int, std: float, view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored,
+    prefix: str = "",
 ) -> None:
     """Fill every parameter in place, plain or DTensor (then only this rank's part).
 
-    `view(name, stored)` presents a stored parameter as its global tensor where it is a part of one.
+    `prefix` is the name of `model` in the whole one. `view(name, stored)` presents
+    a stored parameter as its global tensor where it is a part of one.
 
     A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
     """
@@ -63,7 +69,7 @@ def init_parameters(
                 rules: dict[str, Init] = getattr(module, "init_rules", {})
                 if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):
                     raise AssertionError(f"{module_name}.{name} has no initial value: add it to init_rules")
-                full_name = f"{module_name}.{name}" if module_name else name
+                full_name = ".".join(filter(None, (prefix, module_name, name)))
                 _fill(view(full_name, parameter), rules.get(name, Normal(std)), _key(seed, full_name))
 
 

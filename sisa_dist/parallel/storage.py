@@ -16,23 +16,24 @@ from sisa_dist.parallel.mesh import Mesh
 
 
 def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
-    """A DTensor over tp × dp_shard with the memory of `stored`, FSDP's shard of a slice; a plain tensor as it is.
+    """A DTensor over tp × dp_shard with the memory of `stored`: FSDP's shard of a slice, or a slice as a plain tensor.
 
     Ranks along dp_replicate hold equal copies. Nothing is sent or copied. `stored` is a weight, gradient or moment.
+    On one process plain tensors stay as they are.
     """
-    if not isinstance(stored, DTensor):
-        assert mesh.world_size == 1, "a plain tensor on several ranks says nothing of the others"
+    if mesh.world_size == 1 and not isinstance(stored, DTensor):
         return stored.detach()
+    over_dp = stored.placements[-1] if isinstance(stored, DTensor) else Replicate()
     cut = Replicate() if part.tp_dim is None else Shard(part.tp_dim)
     tp = mesh.tp_size > 1
     stride = torch.empty(part.shape, device="meta").stride()
     # Not DTensor.from_local: it would copy what is offloaded to the CPU to the mesh's device.
-    local = stored.to_local().detach()
+    local = (stored.to_local() if isinstance(stored, DTensor) else stored).detach()
     return DTensor(
         local,  # type: ignore[call-arg]
         DTensorSpec(
             mesh.device_mesh["tp", "dp_shard"] if tp else mesh.device_mesh["dp_shard"],
-            (cut, stored.placements[-1]) if tp else (stored.placements[-1],),
+            (cut, over_dp) if tp else (over_dp,),
             tensor_meta=TensorMeta(part.shape, stride, stored.dtype),
         ),
         requires_grad=False,

@@ -13,12 +13,11 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
+from distributed.probing import on_gradients, weights
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
-from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.model import build_model
 from sisa_dist.model.init import Constant, Normal
@@ -39,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
     "tp4_sp": (4, {"tp": 4, "sequence_parallel": True}),
     "tp2_dp2_sp": (4, {"tp": 2, "dp": 2, "sequence_parallel": True}),
     "hsdp_2x2": (4, {"dp": 4, "dp_replicate": 2}),
+    "dp4": (4, {"dp": 4}),
 }
 
 
@@ -56,6 +56,11 @@ class Case:
     documents: bool = False
     checkpointing: bool = False
     engine: tuple[tuple[str, Any], ...] = ()  # further keys of the engine block: options that change no number
+
+    @property
+    def zero_stage(self) -> int | None:
+        options = dict(self.engine)
+        return options.get("zero_stage", 3) if options.get("kind") == "deepspeed" else None
 
     @property
     def world_size(self) -> int:
@@ -97,7 +102,7 @@ class Case:
 
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "layout": tuple(LAYOUTS),
+    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4"),  # which is ZeRO's
     "mixer": ("sisa", "attention"),
     "n_kv_heads": (4, 2, 1),
     "d_s": ("uniform", "heterogeneous"),
@@ -162,30 +167,20 @@ def run_case(case: Case, mutation: str | None = None, *, device: str = "cpu") ->
         config = case.config()
         mesh = init_mesh(config.parallel, device=device)
         engine = build_engine(config, mesh)
-        assert isinstance(engine, FSDP2Engine)
         mutate_engine(engine)
-        initial = _weights(engine)
+        initial = weights(engine)
         everything = batch(case, 0)
         log_prob, is_argmax = engine.score(everything.tokens, everything.labels, everything.doc_ids)
-        gradients: dict[str, Tensor] = {}
-        real_clip = engine._clip
-
-        def clip() -> Tensor:
-            if not gradients:
-                for name, parameter in engine.model.named_parameters():
-                    assert parameter.grad is not None, name
-                    gradients[name] = _whole(engine._as_global(name, parameter.grad))
-            return real_clip()
-
-        engine._clip = clip  # type: ignore[method-assign]
+        gradients: list[dict[str, Tensor]] = []
+        on_gradients(engine, gradients.append)
         results = [
             engine.train_step(micro_batches(case, step, mesh.dp_rank, mesh.dp_size), LR) for step in range(STEPS)
         ]
-        final = _weights(engine)
+        final = weights(engine)
     if not mesh.is_main:
         return None
     losses, norms = [result.loss for result in results], [result.grad_norm for result in results]
-    return Outcome(initial, log_prob, is_argmax, losses, norms, gradients, final)
+    return Outcome(initial, log_prob, is_argmax, losses, norms, gradients[0], final)
 
 
 def run_plain(case: Case) -> Outcome:
@@ -247,12 +242,3 @@ def constants_with_noise() -> Iterator[None]:
 
     with mock.patch.object(Constant, "draw", draw):
         yield
-
-
-def _weights(engine: FSDP2Engine) -> dict[str, Tensor]:
-    state = engine.state_tensors()
-    return {name[6:]: _whole(tensor) for name, tensor in state.items() if name.startswith("model.")}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().cpu()
