@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig, UserError
+from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
+from sisa_dist.engine.checks import unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, pad_sequence
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
@@ -65,11 +67,12 @@ class DeepSpeedEngine:
         shapes = {name: part.shape for name, part in self.slices.items()}
         self.zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer, shapes=shapes, moments=False),
+            optimizer=build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0),
             config=settings,
             mpu=_MPU(mesh),
             dist_init_required=False,
         )
+        zero_state.make_moments(self.zero, self.stage)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         count = count_labels(micro_batches, self.mesh)
@@ -121,6 +124,19 @@ class DeepSpeedEngine:
         vectors = [p for p in self.model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
         with deepspeed.zero.GatheredParameters(vectors, enabled=self.stage == 3):
             return layer_statistics(self.model, self.mesh)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return zero_state.state_tensors(self.zero, self.stage, self.model, self.slices, self.mesh)
+
+    def set_step(self, step: int) -> None:
+        self.step_number = step
+        zero_state.set_step(self.zero, self.stage, step)
+
+    def unequal_replicas(self) -> dict[str, list[str]]:
+        # ZeRO-3 leaves a flat partition of each; alike over tp all the same, where the whole would be.
+        return unequal_replicas(
+            {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}, self.slices, self.mesh
+        )
 
     def _materialise(self, model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> None:
         """Give the meta model its initial weights. Under ZeRO-3 one block at a time, partitioned at once."""

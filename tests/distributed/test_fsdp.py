@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ import torch
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
-from sisa_dist.engine import build_engine
+from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.engine.fsdp import FSDP2Engine
-from sisa_dist.parallel.mesh import init_mesh
+from sisa_dist.parallel.mesh import Mesh, init_mesh
+from sisa_dist.training import trainer
 from sisa_dist.training.checkpoint import list_checkpoints
 from sisa_dist.training.trainer import train
 
@@ -24,17 +26,23 @@ def _train(config: RunConfig, crash_at: int | None = None) -> None:
     if crash_at is None:
         train(config, quiet=True)
         return
-    real, calls = FSDP2Engine.train_step, 0
+    real, calls = trainer.build_engine, 0
 
-    def train_step(engine: FSDP2Engine, *args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == crash_at:
-            raise KeyboardInterrupt
-        return real(engine, *args)  # type: ignore[arg-type]
+    def build(config: RunConfig, mesh: Mesh) -> Engine:
+        engine = real(config, mesh)
+        step = engine.train_step
 
-    FSDP2Engine.train_step = train_step  # type: ignore[method-assign, assignment]
-    with pytest.raises(KeyboardInterrupt):
+        def train_step(*args: object) -> StepResult:
+            nonlocal calls
+            calls += 1
+            if calls == crash_at:
+                raise KeyboardInterrupt
+            return step(*args)  # type: ignore[arg-type]
+
+        engine.train_step = train_step  # type: ignore[method-assign]
+        return engine
+
+    with mock.patch.object(trainer, "build_engine", build), pytest.raises(KeyboardInterrupt):
         train(config, quiet=True)
 
 
