@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Purpose = Literal["states", "gathered", "rest"]
+Purpose = Literal["states", "gradients", "gathered", "rest"]
 
 
 def _cast_for_norm(xs: list[Tensor], *rest: Any, **named: Any) -> int:
@@ -38,16 +38,18 @@ _GATHERING = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")  # thei
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts while entered. `live` bytes now, by purpose; `peaks` the largest `live` of each moment, in order.
+    """Counts while entered. `live`: bytes now, by purpose. `starts`, `peaks`: what was live when a moment first began,
+    and at most in it, in order.
 
-    `states` are what `hold` was given, `gathered` what FSDP2's all-gathers made, `rest` everything else: activations,
-    gradients and temporaries. Every storage counts once, however many tensors view it.
+    `states` and `gradients` are what `mark` was told, `gathered` what FSDP2's all-gathers made, `rest` everything else:
+    activations, temporaries and gradients on their way. Every storage counts once, however many tensors view it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live: dict[Purpose, int] = {"states": 0, "gathered": 0, "rest": 0}
-        self.peaks: dict[str, dict[Purpose, int]] = {}
+        self.live: dict[str, int] = {"states": 0, "gradients": 0, "gathered": 0, "rest": 0}
+        self.starts: dict[str, dict[str, int]] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Purpose]] = {}
         self._inside: dict[Any, int] = {}  # bytes our operators take beyond arguments and results
         self._moment = ""
@@ -72,12 +74,13 @@ class MemoryMeter(TorchDispatchMode):
     def begin(self, moment: str) -> None:
         """From here on peaks are those of `moment`; it may come again."""
         self._moment = moment
+        self.starts.setdefault(moment, dict(self.live))
         self._note(0)
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """These are states."""
+    def mark(self, tensors: Iterable[Tensor], purpose: Purpose) -> None:
+        """This is what they are for."""
         for tensor in tensors:
-            self._see(_storage(tensor), "states")
+            self._see(_storage(tensor), purpose)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -98,7 +101,7 @@ class MemoryMeter(TorchDispatchMode):
         if key not in self._inside:
             given = [a for a in args if isinstance(a, Tensor)]
             with torch.no_grad(), MemoryMeter() as inner:
-                inner.hold(given)
+                inner.mark(given, "states")
                 OPDEFS[name]._init_fn(*args)
             self._inside[key] = inner.peaks[""]["rest"]
         return self._inside[key]
@@ -108,8 +111,7 @@ class MemoryMeter(TorchDispatchMode):
         known = self._storages.get(key)
         if known is not None and known[0]() is storage:
             reference, before, was = known
-            if was == "states" or purpose == "rest":
-                purpose = was
+            purpose = was if purpose == "rest" or was == "states" else purpose
             if (before, was) == (size, purpose):
                 return
             self.live[was] -= before

@@ -34,6 +34,9 @@ from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training.memory_meter import MemoryMeter
 
+FIRST = "first micro-batch, "
+NEXT = "next micro-batch"
+
 
 @contextmanager
 def pretended_mesh(config: RunConfig, world_size: int) -> Iterator[Mesh]:
@@ -51,9 +54,10 @@ def pretended_mesh(config: RunConfig, world_size: int) -> Iterator[Mesh]:
 
 
 def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
-    """The meter of one train_step of `config` on rank 0 of a pretended mesh. Moments: `forward of layer 3`, `loss`,
-    `backward of layer 3`, `optimizer step`.
+    """The meter of one train_step of `config` on rank 0 of a pretended mesh.
 
+    Moments: `embedding`, `forward of layer 3`, `loss`, `backward of layer 3`, `optimizer step`. Of several
+    micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played.
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`.
     """
     with FakeTensorMode(), _CpuFlash():
@@ -64,17 +68,21 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
         doc_ids = torch.zeros_like(tokens) if config.data.document_mask else None
         rounds = training.global_batch_windows // (training.micro_batch_size * mesh.dp_size)
         with meter:
-            meter.hold(model.parameters())
-            meter.hold(tensor for state in optimizer.state.values() for tensor in state.values())
-            _name_moments(model, meter)
+            meter.mark(model.parameters(), "states")
+            meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
+            prefix = _name_moments(model, meter)
             for last in [False, True] if rounds > 1 else [True]:  # the last holds most: all that was summed before
+                prefix[0] = "" if last else FIRST
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
                 loss, _ = model(tokens, tokens, doc_ids_BT=doc_ids)
                 (loss * 1.0).backward()
                 del loss
-            meter.begin("optimizer step")
+                if not last:
+                    meter.begin(NEXT)
             named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+            meter.mark((p.grad for _, p in named), "gradients")  # type: ignore[misc]
+            meter.begin("optimizer step")
             norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
             if config.optimizer.grad_clip is not None:
                 torch.nn.utils.clip_grads_with_norm_([p for _, p in named], config.optimizer.grad_clip, norm)
@@ -106,22 +114,30 @@ def _to_empty(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
 
 
-def _name_moments(model: LM, meter: MemoryMeter) -> None:
+def _name_moments(model: LM, meter: MemoryMeter) -> list[str]:
+    """Hooks that begin the meter's moments; what stands in the list's one place goes before their names."""
+    prefix = [""]
+
+    def begin(moment: str) -> None:
+        meter.mark((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+        meter.begin(prefix[0] + moment)
+
     def before(name: str) -> Any:
-        return lambda module, arguments: meter.begin(f"forward of {name}")
+        return lambda module, arguments: begin(f"forward of {name}")
 
     def after(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            output.register_hook(lambda grad: meter.begin(f"backward of {name}"))
+            output.register_hook(lambda grad: begin(f"backward of {name}"))
 
         return hook
 
     # Ahead of FSDP2's own hooks: what it gathers for a layer belongs to the layer.
-    meter.begin("embedding")
+    model.register_forward_pre_hook(lambda module, arguments: begin("embedding"), prepend=True)
     for number, block in enumerate(model.blocks):
         block.register_forward_pre_hook(before(f"layer {number}"), prepend=True)
         block.register_forward_hook(after(f"layer {number}"))
-    model.head.register_forward_pre_hook(lambda module, arguments: meter.begin("loss"), prepend=True)
+    model.head.register_forward_pre_hook(lambda module, arguments: begin("loss"), prepend=True)
+    return prefix
 
 
 class _CpuFlash(TorchFunctionMode):
