@@ -20,7 +20,8 @@ from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import AXES, Mesh
 from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
-from sisa_dist.training.states import states
+from sisa_dist.training.states import local_shapes, states
+from sisa_dist.training.zero import zero_peaks
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Estimate:
     summed_gradients: int  # kept from micro-batch to micro-batch
     peak: int
     peak_at: str
-    peak_holds: dict[str, int]  # states, gradients, gathered, rest
+    peak_holds: dict[str, int]  # states, gradients, gathered, buckets (DeepSpeed's), rest
     host: int
 
     @property
@@ -67,15 +68,20 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         held = states(config, slices, mesh)
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
         meter = rehearse_step(config, mesh)
+        shapes = local_shapes(slices, mesh)
         sizes = {axis: mesh.size(axis) for axis in AXES}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
-    peaks: dict[str, dict[str, int]] = {moment: {**found} for moment, found in meter.peaks.items()}
-    host = 0
+    peaks, summed, host = meter.peaks, 0, 0
+    if micro_batches > 1:
+        summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
+    if config.engine.kind == "deepspeed":
+        peaks = zero_peaks(config, meter, held, shapes, dp_size=sizes["dp_shard"])
+        summed = 0 if micro_batches == 1 else held.gradients
     if config.engine.cpu_offload:
+        # Whatever a step needs still stands on the device; the optimizer runs on the host.
         host = held.total
-        del peaks["optimizer step"]  # it runs on the host
-        for found in peaks.values():
-            found["states"] = found["gradients"] = 0
+        peaks = {moment: {**found, "states": 0, "gradients": 0} for moment, found in peaks.items()}
+        del peaks["optimizer step"]
     moment = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     flops = training_flops_per_token(config.model, config.training.seq_len)
     loss = FIRST + "loss" if micro_batches > 1 else "loss"
@@ -89,10 +95,10 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         micro_batches=micro_batches,
         **dataclasses.asdict(held),
         smallest_states=least.total,
-        gathered=max(found["gathered"] for found in meter.peaks.values()),
+        gathered=max(found.get("gathered", 0) for found in peaks.values()),
         activations=before_loss["rest"],
         loss=sum(meter.peaks[loss].values()) - sum(before_loss.values()),
-        summed_gradients=sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"] if micro_batches > 1 else 0,
+        summed_gradients=summed,
         peak=sum(peaks[moment].values()),
         peak_at=moment,
         peak_holds=peaks[moment],
@@ -154,7 +160,7 @@ def _table(config: RunConfig, found: Estimate) -> Table:
     recomputed = config.engine.activation_checkpointing
     row("activations", found.activations, "a block's input each" if recomputed else "all that the backward reads")
     row("loss", found.loss, "a chunk of logits, gradients of hidden states and head")
-    row("summed gradients", found.summed_gradients, "whole, from micro-batch to micro-batch", last=True)
+    row("summed gradients", found.summed_gradients, "kept from micro-batch to micro-batch", last=True)
     holds = ", ".join(f"{name} {size / divisor:.2f}" for name, size in found.peak_holds.items() if size)
     row("peak", found.peak, f"{found.peak_at}: {holds}")
     return table

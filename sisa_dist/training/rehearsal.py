@@ -3,6 +3,7 @@
 The run's own model, its own plan and FSDP2 itself run on fake tensors over a process group that only pretends, so
 there is no second description of the model to keep true: what the blocks save for their backward, what FSDP2 gathers
 and what our operators take is what really is saved, gathered and taken. Rank 0 is played, which holds the most.
+DeepSpeed does not run so; for it the model is played alone, and zero.py adds the engine's part.
 
 What it does not know: workspaces inside PyTorch's kernels, an allocator's fragments, and other devices' kernels (the
 score is played as the CPU computes it).
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
+from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
@@ -82,6 +84,8 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
                     meter.begin(NEXT)
             named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
             meter.mark((p.grad for _, p in named), "gradients")  # type: ignore[misc]
+            if config.engine.kind == "deepspeed":
+                return meter
             meter.begin("optimizer step")
             norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
             if config.optimizer.grad_clip is not None:
@@ -91,19 +95,22 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
 
 
 def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, dict[str, Any]]:
-    """As the engine builds, without values."""
-    attention = config.attention.model_copy(update={"backend": "auto"})
+    """As the engine builds, without values; for DeepSpeed the model alone, with whole weights and no moments."""
+    engine, attention = config.engine, config.attention.model_copy(update={"backend": "auto"})
+    deepspeed = engine.kind == "deepspeed"
     with torch.device("meta"):
         model = build_model(config.model, attention=attention)
-    slices = apply_plan(model, mesh, overlap=config.engine.overlap is not False and not config.engine.compile)
+    slices = apply_plan(model, mesh, overlap=engine.overlap is not False and not engine.compile and not deepspeed)
     for block in model.blocks:
-        block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
-    if mesh.world_size > 1 or config.engine.precision == "bf16" or config.engine.cpu_offload:
-        shard(model, mesh, config.engine)
+        block.activation_checkpointing = engine.activation_checkpointing  # type: ignore[assignment]
+    if deepspeed and engine.precision == "bf16":
+        compute_in(model, torch.bfloat16)
+    if not deepspeed and (mesh.world_size > 1 or engine.precision == "bf16" or engine.cpu_offload):
+        shard(model, mesh, engine)
         model.to_empty(device="cpu")
     else:
         _to_empty(model)
-    return model, build_optimizer(model, config.optimizer), slices
+    return model, build_optimizer(model, config.optimizer, moments=not deepspeed), slices
 
 
 def _to_empty(model: nn.Module) -> None:
