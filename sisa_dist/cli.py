@@ -110,6 +110,19 @@ def generate(
 
 
 @app.command()
+def estimate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Processes; default: the config's tp × dp.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Parameters, FLOPs, bytes of every rank and their peak in a step. Needs no data, processes or GPU."""
+    from sisa_dist.training.estimate import print_estimate
+
+    print_estimate(load_config(config, overrides or ()), world_size=world, as_json=as_json)
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file: show and check its layout too.")] = None,
     overrides: Overrides = None,
