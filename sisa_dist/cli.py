@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -57,11 +59,19 @@ def train(
         bool, typer.Option("--accept-changes", help="Continue a run although its config changed.")
     ] = False,
 ) -> None:
-    """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many."""
+    """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many.
+
+    SIGTERM or SIGUSR1 (to any rank): saves a checkpoint and exits with code 75, "run me again"; a scheduler requeues on
+    it. Code 2: something to mend, in one line. Code 1: a failure; where a rank died or hung, a line names it.
+    """
     from sisa_dist.training.trainer import train as run
 
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("sisa_dist").setLevel(logging.INFO if main_rank else logging.WARNING)
     folder = run(load_config(config, overrides or ()), accept_changes=accept_changes)
-    print(f"run: {folder}")
+    if main_rank:
+        print(f"run: {folder}")
 
 
 @app.command("eval")
@@ -100,6 +110,19 @@ def generate(
 
 
 @app.command()
+def estimate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Processes; default: the config's tp × dp.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Parameters, FLOPs, bytes of every rank and their peak in a step. Needs no data, processes or GPU."""
+    from sisa_dist.training.estimate import print_estimate
+
+    print_estimate(load_config(config, overrides or ()), world_size=world, as_json=as_json)
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file: show and check its layout too.")] = None,
     overrides: Overrides = None,
@@ -119,18 +142,34 @@ def doctor(
 
 def main() -> None:
     """Entry point: what the user can mend is one line on stderr and exit code 2."""
+    code = _run()
+    sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A library's exit handler may wait for ranks that are gone, or abort after right results.
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def _run() -> int:
     try:
         app()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except UserError as error:
         message = str(error)
     except OSError as error:
         if error.filename is None:  # no file of the user's: ours to mend, with its traceback
-            raise
+            traceback.print_exc()
+            return 1
         message = f"{error.filename}: {error.strerror}: mend or name another path"
+    except Exception:
+        traceback.print_exc()
+        return 1
     else:
-        return
+        return 0
     _say_once(message)
-    raise SystemExit(2)
+    return 2
 
 
 def _say_once(message: str) -> None:

@@ -211,6 +211,13 @@ class ScheduleConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """A torch.profiler trace of each rank into RUN/profile/; outside these steps it costs nothing."""
+
+    start: PositiveInt  # the first step traced, counted as in metrics.jsonl
+    steps: PositiveInt = 1
+
+
 class TrainingConfig(Section):
     steps: PositiveInt
     seq_len: PositiveInt = 2048
@@ -220,6 +227,12 @@ class TrainingConfig(Section):
     eval_windows: PositiveInt = 32  # validation windows of an evaluation during the run
     checkpoint_every: PositiveInt | None = None  # steps; None: only after the last
     keep_last: PositiveInt = 2  # checkpoints kept
+    spike_sigma: PositiveFloat | None = (
+        6.0  # skip a step whose loss or gradient norm is this far up; None: only inf, nan
+    )
+    max_skipped_steps: PositiveInt | None = 10  # skipped in a row before training gives up; None: it never does
+    timeout_minutes: PositiveFloat = 10.0  # most a rank waits for others, or stays in one phase (a save is one)
+    profile: ProfileConfig | None = None
 
     @property
     def global_batch_windows(self) -> int:
@@ -234,6 +247,11 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"global_batch_tokens {self.global_batch_tokens} is not a multiple of seq_len × micro_batch_size = "
                 f"{unit}: set {near}"
+            )
+        if self.profile is not None and self.profile.start + self.profile.steps - 1 > self.steps:
+            raise ValueError(
+                f"profile.start {self.profile.start} + steps {self.profile.steps} reach behind training.steps "
+                f"{self.steps}: lower them, or set profile to null"
             )
         return self
 

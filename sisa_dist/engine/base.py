@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from sisa_dist.engine.guard import Guard
 from sisa_dist.parallel.apply import Slice
 
 
@@ -21,6 +22,8 @@ class StepResult:
     loss: float  # nats per token over the whole global batch
     grad_norm: float  # global L2 norm before clipping
     tokens: int  # labels that counted, over all ranks
+    skipped: bool = False  # loss or norm was not finite or a spike: weights and moments are as they were
+    stop: bool = False  # some rank was asked to stop; the same answer on every rank
 
 
 class Engine(Protocol):
@@ -28,13 +31,17 @@ class Engine(Protocol):
 
     dp_rank: int
     dp_size: int
+    guard: Guard  # its state is part of a checkpoint
 
     @property
     def slices(self) -> Mapping[str, Slice]:
         """What tensor parallelism gave this rank, by full parameter name."""
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches. Collective."""
+    def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+        """One optimizer step on this rank's micro-batches, unless the guard skips it. Collective.
+
+        `stop`: this rank was asked to stop; every rank's result says whether any was. Says each phase to the mesh.
+        """
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(log-probability fp32, is-argmax bool) of each label, [B, T] on the CPU; label −100 gives (0, True).
@@ -55,7 +62,7 @@ class Engine(Protocol):
         """By mesh axis, names of weights that its ranks should hold alike, to the bit, but do not. Collective."""
 
     def set_step(self, step: int) -> None:
-        """Optimizer steps taken so far (Adam's bias correction); called after a load."""
+        """Optimizer steps taken so far, skipped ones not counted (Adam's bias correction); called after a load."""
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         """Per layer the mean λ and, over the last step's tokens, the half-life of the decay in tokens. Collective."""

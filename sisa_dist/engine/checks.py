@@ -21,19 +21,22 @@ from sisa_dist.parallel.mesh import Mesh
 EVERYWHERE = ("tp", "dp_shard", "dp_replicate")
 
 
-def check_step(model: LM, slices: Mapping[str, Slice], mesh: Mesh, *, step: int) -> None:
+def check_step(
+    model: LM, gradients: Mapping[str, Tensor | None], slices: Mapping[str, Slice], mesh: Mesh, *, step: int
+) -> None:
     """Between backward and clipping. Collective. Raises RuntimeError on every rank, naming the first parameter."""
     if model.config.tie_embeddings and any(name.startswith("head.") for name, _ in model.named_parameters()):
         raise RuntimeError(f"step {step}: embeddings are tied but the head has a weight of its own")
-    weights, gradients = {}, {}
+    weights, grads = {}, {}
     for name, parameter in model.named_parameters():
-        if parameter.grad is None:
+        grad = gradients[name]
+        if grad is None:
             raise RuntimeError(f"step {step}: {name} has no gradient: it is not part of the loss")
-        weights[name], gradients[name] = _local(parameter), _local(parameter.grad)
-    broken = torch.stack([(~grad.isfinite()).any().to(mesh.device) for grad in gradients.values()])
-    if names := _anywhere(broken, list(gradients), mesh):
+        weights[name], grads[name] = _local(getattr(parameter, "ds_tensor", parameter)), _local(grad)
+    broken = torch.stack([(~grad.isfinite()).any().to(mesh.device) for grad in grads.values()])
+    if names := _anywhere(broken, list(grads), mesh):
         raise RuntimeError(f"step {step}: a gradient of {_listed(names)} is not finite")
-    for kind, tensors in (("weights", weights), ("gradients", gradients)):
+    for kind, tensors in (("weights", weights), ("gradients", grads)):
         for axis, names in unequal_replicas(tensors, slices, mesh).items():
             if names:
                 raise RuntimeError(f"step {step}: ranks along {axis} hold different {kind} of {_listed(names)}")

@@ -1,4 +1,4 @@
-"""What both engines do alike round a step: counting labels, padding for sequence parallelism, layer statistics."""
+"""What both engines do alike round a step: counting labels, reading results, padding, layer statistics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
+from sisa_dist.engine.base import StepResult
+from sisa_dist.engine.guard import Verdict
 from sisa_dist.model import LM
 from sisa_dist.model.loss import IGNORE
 from sisa_dist.parallel.mesh import Mesh
@@ -27,6 +29,13 @@ def move(tensor: Tensor | None, mesh: Mesh) -> Tensor | None:
     if tensor is None or mesh.device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(mesh.device, non_blocking=True)
+
+
+def read_result(loss: Tensor, grad_norm: Tensor, count: Tensor, verdict: Verdict) -> StepResult:
+    """Scalars of the whole batch as a StepResult: the one copy from the device, and the one wait for it, of a step."""
+    scalars = (loss, grad_norm, count, verdict.skip, verdict.stop)
+    values = torch.stack([scalar.double() for scalar in scalars]).tolist()
+    return StepResult(values[0], values[1], int(values[2]), skipped=bool(values[3]), stop=bool(values[4]))
 
 
 def pad_sequence(

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
-from sisa_dist.engine.checks import unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence
+from sisa_dist.engine.build_log import BuildLog
+from sisa_dist.engine.checks import check_step, unequal_replicas
+from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence, read_result
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
+from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.model import build_model
@@ -65,16 +68,23 @@ class DeepSpeedEngine:
             parameter.tensor_model_parallel = self.slices[name].tp_dim is not None  # type: ignore[attr-defined]
         self.model = model
         shapes = {name: part.shape for name, part in self.slices.items()}
+        adamw = build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0)
         self.zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0),
+            optimizer=adamw,
             config=settings,
             mpu=_MPU(mesh),
             dist_init_required=False,
         )
         zero_state.make_moments(self.zero, self.stage)
+        self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
+        self.check_every = config.engine.check_every
+        self.step_number = 0
+        adamw.register_step_pre_hook(self._judge)
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+        enter = self.mesh.enter
+        enter("label count")
         count = count_labels(micro_batches, self.mesh)
         # DeepSpeed averages over data ranks; the loss is a sum divided once by the global count.
         scale = self.dp_size / count
@@ -83,26 +93,46 @@ class DeepSpeedEngine:
         for number, batch in enumerate(micro_batches, start=1):
             self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
             inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
+            enter("forward")
             loss, _ = self.zero(*inputs, doc_ids_BT=move(batch.doc_ids, self.mesh))
+            enter("backward")
             self.zero.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach()
+        self.step_number += 1
+        if self.check_every and self.step_number % self.check_every == 0:
+            enter("sanity checks")
+            check_step(self.model, self._gradients(), self.slices, self.mesh, step=self.step_number)
+        enter("loss")
+        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        grad_norm = self._step()
-        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
-        return StepResult(loss_mean.item(), float(grad_norm), int(count.item()))
+        enter("optimizer")
+        self._judgement = _Judgement(loss_mean, stop)
+        self._step()
+        judged = self._judgement
+        if judged.verdict is None:  # ZeRO met a gradient that is not finite and did not get as far as AdamW
+            judged.norm = torch.full_like(loss_mean, float("inf"))
+            judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
+        assert judged.norm is not None
+        enter("results")
+        return read_result(loss_mean, judged.norm, count, judged.verdict)
 
-    def _step(self) -> Tensor | float:
-        """Clip and step; the norm before clipping."""
-        norm: Tensor | float | None = None
-        if self.stage == 0:  # DeepSpeed keeps no norm without ZeRO; gradients are whole on every data rank
+    def _step(self) -> None:
+        """Clip and step. DeepSpeed knows the norm inside; there, just before AdamW moves, the guard is asked."""
+        if self.stage == 0:  # it keeps no norm without ZeRO; gradients are whole on every data rank
             grads = [(p.grad, self.slices[n]) for n, p in self.model.named_parameters() if p.grad is not None]
-            norm = global_norm(grads, self.mesh, sharded=False)
+            self._judgement.norm = global_norm(grads, self.mesh, sharded=False)
         self.zero.step()
-        if norm is None:
-            norm = self.zero.get_global_grad_norm()
-        assert norm is not None
-        return norm
+
+    def _judge(self, adamw: torch.optim.AdamW, *_: Any) -> None:
+        """Before each step of AdamW, which under ZeRO-3 takes several for one of ours."""
+        judgement = self._judgement
+        if judgement.verdict is None:
+            if judgement.norm is None:
+                norm = torch.as_tensor(self.zero.optimizer._global_grad_norm, device=self.mesh.device)
+                judgement.norm = norm.float().where(norm >= 0, float("inf"))  # −1 stands for one that is not finite
+            judgement.verdict = self.guard.judge(judgement.loss, judgement.norm, stop=judgement.stop)
+        skip_if(adamw, judgement.verdict.skip)
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         length = tokens_BT.shape[1]
@@ -141,6 +171,13 @@ class DeepSpeedEngine:
             {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}, self.slices, self.mesh
         )
 
+    def _gradients(self) -> dict[str, Tensor]:
+        """Whole over data ranks, this rank's tp slice; between backward and step. For checks: it gathers."""
+        from deepspeed.utils import safe_get_full_grad
+
+        named = list(self.model.named_parameters())
+        return {name: p.grad if self.stage == 0 else safe_get_full_grad(p) for name, p in named}  # type: ignore
+
     def _materialise(self, model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> None:
         """Give the meta model its initial weights. Under ZeRO-3 one block at a time, partitioned at once."""
         parts: list[tuple[str, nn.Module]] = [("", model)]
@@ -148,9 +185,11 @@ class DeepSpeedEngine:
         if self.stage == 3:
             parts = [(f"blocks.{number}", block) for number, block in enumerate(model.blocks)]  # type: ignore
             parts += [(name, child) for name, child in model.named_children() if name != "blocks"]
+        log = BuildLog(self.mesh, n_layers=config.model.n_layers)
+        settle = dict(seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
         for prefix, part in parts:
             part.to_empty(device=self.mesh.device)
-            init_parameters(part, seed=config.seed, std=config.model.init_std, view=self._as_global, prefix=prefix)
+            init_parameters(part, prefix=prefix, **settle)  # type: ignore[arg-type]
             if self.stage == 3:
                 import deepspeed
 
@@ -162,6 +201,16 @@ class DeepSpeedEngine:
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)
+
+
+@dataclass
+class _Judgement:
+    """What the guard is asked with, and its answer, for one step."""
+
+    loss: Tensor
+    stop: bool
+    norm: Tensor | None = None
+    verdict: Verdict | None = None
 
 
 class _MPU:

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
+from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence
+from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence, read_result
+from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
@@ -46,10 +48,14 @@ class FSDP2Engine:
         if mesh.world_size > 1 or config.engine.precision == "bf16" or config.engine.cpu_offload:
             shard(self.model, mesh, config.engine)
         self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)
-        init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global)
+        log = BuildLog(mesh, n_layers=config.model.n_layers)
+        init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
+        enter = self.mesh.enter
+        enter("label count")
         count = count_labels(micro_batches, self.mesh)
         # FSDP averages over data ranks; the loss is a sum divided once by the global count.
         scale = self.dp_size / count
@@ -59,19 +65,29 @@ class FSDP2Engine:
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(micro_batches))
             inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
+            enter("forward")
             loss, _ = self.model(*inputs, doc_ids_BT=move(batch.doc_ids, self.mesh))
+            enter("backward")
             (loss * scale).backward()
             loss_sum += loss.detach()
         self.step_number += 1
         if self.check_every and self.step_number % self.check_every == 0:
-            check_step(self.model, self.slices, self.mesh, step=self.step_number)
+            enter("sanity checks")
+            gradients = {name: p.grad for name, p in self.model.named_parameters()}
+            check_step(self.model, gradients, self.slices, self.mesh, step=self.step_number)
+        enter("gradient norm")
         grad_norm = self._clip()
+        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
+        enter("verdict")
+        verdict = self.guard.judge(loss_mean, grad_norm, stop=stop)
+        skip_if(self.optimizer, verdict.skip)
+        enter("optimizer")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
-        return StepResult(loss_mean.item(), grad_norm.item(), int(count.item()))
+        enter("results")
+        return read_result(loss_mean, grad_norm, count, verdict)
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         length = tokens_BT.shape[1]

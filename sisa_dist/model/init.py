@@ -55,16 +55,18 @@ def init_parameters(
     std: float,
     view: Callable[[str, Tensor], Tensor] = lambda name, stored: stored,
     prefix: str = "",
+    announce: Callable[[str], None] = lambda module_name: None,
 ) -> None:
     """Fill every parameter in place, plain or DTensor (then only this rank's part).
 
-    `prefix` is the name of `model` in the whole one. `view(name, stored)` presents
-    a stored parameter as its global tensor where it is a part of one.
+    `prefix` is the name of `model` in the whole one. `view(name, stored)` presents a stored parameter as its global
+    tensor where it is a part of one. `announce` is told each module's full name before its own parameters are drawn.
 
     A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
     """
     with torch.no_grad():
         for module_name, module in model.named_modules():
+            announce(".".join(filter(None, (prefix, module_name))))
             for name, parameter in module.named_parameters(recurse=False):
                 rules: dict[str, Init] = getattr(module, "init_rules", {})
                 if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):

@@ -8,15 +8,36 @@ that order both cuts are plain shards, also when they fall on one dimension.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sisa_dist.config import ParallelConfig, UserError
 
 AXES = ("dp_replicate", "tp", "dp_shard")
+
+
+class Pulse:
+    """The step and phase this rank's main thread is in: what a post-mortem can say of it.
+
+    Entering costs an attribute or two; `listener`, where somebody set one, is told.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.since = 0, "start", time.monotonic()
+        self.listener: Callable[[], None] | None = None
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        self.step = self.step if step is None else step
+        self.phase, self.since = phase, time.monotonic()
+        if self.listener:
+            self.listener()
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,11 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh
     sequence_parallel: bool = False
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+
+    def enter(self, phase: str, *, step: int | None = None) -> None:
+        """Say what this rank does next, before whatever may wait for other ranks."""
+        self.pulse.enter(phase, step)
 
     @property
     def tp_rank(self) -> int:
@@ -74,31 +100,57 @@ class Mesh:
     def sum_over_dp(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.sum_over(tensor, "dp_shard", "dp_replicate")
 
+    def max_over_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The element-wise maximum over every rank, on every rank; the argument is left as it is."""
+        most = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
 
-def init_mesh(parallel: ParallelConfig, *, device: str = "auto") -> Mesh:
+def init_mesh(parallel: ParallelConfig, *, device: str = "auto", timeout: timedelta | None = None) -> Mesh:
     """The mesh of this launch: one process, or what torchrun put into RANK and WORLD_SIZE.
 
     One process gets a group of its own too, so that nothing above needs a second path. May be called again.
-    Raises UserError where parallel or device do not fit the launch.
+    `timeout` is what any rank waits for the others, at the rendezvous and in a collective; None: PyTorch's.
+    Raises UserError where parallel or device do not fit the launch, or fewer processes came than WORLD_SIZE says.
     """
     chosen = _device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK is {rank} but WORLD_SIZE is {world_size}: set both as torchrun does, or neither")
     replicate, shard, tp = _sizes(parallel, world_size)
     if not dist.is_initialized():
         # NCCL wants a GPU for each rank; ranks that share one, as in tests, talk over gloo.
         crowded = torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         backend = "gloo" if chosen.type == "cpu" or crowded else "cpu:gloo,cuda:nccl"
         if world_size > 1:
-            dist.init_process_group(backend)
+            try:
+                dist.init_process_group(backend, timeout=timeout)
+            except dist.DistError as error:  # a store that nobody reaches, or that too few reached
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"rank {rank}: the {world_size} processes of WORLD_SIZE did not come together ({reason}): launch "
+                    f"exactly {world_size}, all with the same MASTER_ADDR and MASTER_PORT"
+                ) from None
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != world_size:  # before a parameter is cut for a rank that does not exist
+        raise UserError(
+            f"the process group has {dist.get_world_size()} process(es) but WORLD_SIZE says {world_size}: start all of "
+            "them by one launcher"
+        )
     # A new tensor, row by row: torch 2.11 reads an axis's place off the strides, which a permuted axis of one keeps.
     ranks = torch.tensor(torch.arange(world_size).view(replicate, shard, tp).permute(0, 2, 1).tolist())
     device_mesh = DeviceMesh(chosen.type, ranks, mesh_dim_names=AXES)
+    if timeout is not None and world_size > 1:
+        # A DeviceMesh makes its groups with PyTorch's default, half an hour on gloo, whatever the world's is.
+        for group in (dist.group.WORLD, *device_mesh.get_all_groups()):
+            _set_pg_timeout(timeout, group)
     return Mesh(chosen, device_mesh, parallel.sequence_parallel)
 
 

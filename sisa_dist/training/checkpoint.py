@@ -12,14 +12,14 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
 
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError, dump_config, load_config
-from sisa_dist.engine import Engine
+from sisa_dist.engine import Engine, StepResult
 from sisa_dist.model import LM, build_model
 from sisa_dist.parallel.mesh import Mesh
 
@@ -30,17 +30,35 @@ _NAME = re.compile(r"step_(\d{8,})")
 class TrainState:
     """Where a run stands, beside its tensors."""
 
-    step: int  # optimizer steps taken
+    step: int  # steps done, skipped ones too
     cursor: int  # next window of the data order
-    tokens: int  # labels trained on
+    tokens: int  # labels seen, those of skipped steps too
     seconds: float  # of training, over all sittings
     fingerprint: str  # of the data order the cursor counts in
+    skipped: int = 0  # steps that changed no weight
+    skipped_in_row: int = 0  # of them, the last ones
+    evaluation_due: bool = False  # the evaluation after this step was cut short by a request to stop
+    guard: list[float] = field(default_factory=list)  # Guard.state(), as of a save
+
+    def after(self, result: StepResult, *, cursor: int, seconds: float) -> TrainState:
+        return replace(
+            self,
+            step=self.step + 1,
+            cursor=cursor,
+            tokens=self.tokens + result.tokens,
+            seconds=self.seconds + seconds,
+            skipped=self.skipped + result.skipped,
+            skipped_in_row=self.skipped_in_row + 1 if result.skipped else 0,
+            evaluation_due=False,
+        )
 
 
 def save_checkpoint(
     run_folder: Path, engine: Engine, state: TrainState, *, config: RunConfig, tokenizer: Path, mesh: Mesh
 ) -> Path:
     """Write the checkpoint of `state` and drop all but the newest training.keep_last. Collective."""
+    mesh.enter("checkpoint")
+    state = replace(state, guard=engine.guard.state())
     folder = run_folder / "checkpoints"
     final = folder / f"step_{state.step:08d}"
     staging = folder / f".step_{state.step:08d}.tmp"
@@ -105,7 +123,9 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainState:
     """Read weights and moments into `engine` in place. Collective. The model must be the checkpoint's."""
     state = read_state(checkpoint)
     _load(engine.state_tensors(), checkpoint, no_dist=False)
-    engine.set_step(state.step)
+    engine.set_step(state.step - state.skipped)
+    if state.guard:  # none before there was a guard
+        engine.guard.load(state.guard)
     return state
 
 

@@ -26,8 +26,8 @@ class Console:
         if step % self._every == 0 or step in (1, self._steps):
             self._print(f"step {step:>6}/{self._steps}  {text}")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        self._print(f"step {step:>6}/{self._steps}  validation loss {loss:.4f}")
+    def note(self, step: int, text: str) -> None:
+        self._print(f"step {step:>6}/{self._steps}  {text}")
 
     def close(self) -> None:
         if self._bar:

@@ -36,6 +36,9 @@ _FREE = (
     "training.eval_windows",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.max_skipped_steps",
+    "training.timeout_minutes",
+    "training.profile",
     "evaluation",
     "logging",
 )

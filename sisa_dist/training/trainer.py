@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from data_pipeline.index import Index
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Batch, Loader
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
-from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
-from sisa_dist.training.console import Console
-from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+from sisa_dist.training.profile import Profiler
+from sisa_dist.training.reporter import Reporter
 from sisa_dist.training.run_data import RunData, held_out_batches, open_data
 from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
+from sisa_dist.training.signals import REQUEUE, Requeue, StopRequest
+from sisa_dist.training.watchdog import Watchdog
 
 
 def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
     """Train `config` to its last step, from the newest checkpoint of its run folder if there is one.
 
     Returns the run folder. Collective over the processes of the launch. `accept_changes` continues a run whose
-    config was changed in keys that alter the result.
+    config was changed in keys that alter the result. SIGTERM or SIGUSR1 at any rank ends it with a checkpoint and
+    raises Requeue on every rank; a rank that dies or hangs ends all within training.timeout_minutes (watchdog.py).
     """
     check_tp(config.model, config.parallel.tp)
-    mesh = init_mesh(config.parallel, device=config.device)
-    data = open_data(config)
+    timeout = timedelta(minutes=config.training.timeout_minutes)
     run_folder = Path(config.output_dir)
-    with own_run_folder(run_folder, mesh):
-        _train(config, mesh, data, run_folder, accept_changes=accept_changes, quiet=quiet)
+    with StopRequest() as stop:
+        mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
+        data = open_data(config)
+        with own_run_folder(run_folder, mesh), Watchdog(mesh, run_folder, timeout=timeout, stop=stop):
+            _train(config, mesh, data, run_folder, stop, accept_changes=accept_changes, quiet=quiet)
     return run_folder
 
 
 def _train(
-    config: RunConfig, mesh: Mesh, data: RunData, run_folder: Path, *, accept_changes: bool, quiet: bool
+    config: RunConfig,
+    mesh: Mesh,
+    data: RunData,
+    run_folder: Path,
+    stop: StopRequest,
+    *,
+    accept_changes: bool,
+    quiet: bool,
 ) -> None:
     checkpoints = list_checkpoints(run_folder)
     open_run_folder(run_folder, config, mesh, resumes=bool(checkpoints), accept_changes=accept_changes)
@@ -55,18 +69,20 @@ def _train(
         document_mask=config.data.document_mask,
         prefetch=config.data.prefetch,
     )
+    mesh.enter("build")
     engine = build_engine(config, mesh)
     state = TrainState(0, 0, 0, 0.0, loader.fingerprint)
     if checkpoints:
+        mesh.enter("load")
         state = load_checkpoint(checkpoints[-1], engine)
         if state.fingerprint != loader.fingerprint:
             raise UserError(
                 f"{config.data_folder}: not the data that {checkpoints[-1]} was trained on (order {loader.fingerprint} "
                 f"here, {state.fingerprint} there): give the old data.folder, or another output_dir to start anew"
             )
-    reporter = _Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
+    reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
     try:
-        _loop(config, mesh, data, loader, engine, state, reporter, run_folder)
+        _loop(config, mesh, data, loader, engine, state, reporter, run_folder, stop)
     finally:
         if reporter:
             reporter.close()
@@ -79,94 +95,100 @@ def _loop(
     loader: Loader,
     engine: Engine,
     state: TrainState,
-    reporter: _Reporter | None,
+    reporter: Reporter | None,
     run_folder: Path,
+    stop: StopRequest,
 ) -> None:
     training = config.training
-    with loader.steps(state.cursor) as batches:
+    if (
+        state.evaluation_due
+        and data.validation
+        and not _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
+    ):
+        raise _requeue(state, stop, reporter)
+    save_due = False
+    with loader.steps(state.cursor) as batches, Profiler(training.profile, run_folder, mesh) as profiler:
         for step in range(state.step, training.steps):
             lr = learning_rate(step, peak=config.optimizer.lr, steps=training.steps, schedule=config.schedule)
             started = time.perf_counter()
+            profiler.before(step + 1)
+            mesh.enter("next batch", step=step + 1)
             batch = next(batches)
             waited = time.perf_counter() - started
-            result = engine.train_step(batch.micro_batches, lr)
+            result = engine.train_step(batch.micro_batches, lr, stop=bool(stop))
             seconds = time.perf_counter() - started
-            state = TrainState(
-                step + 1, batch.next_cursor, state.tokens + result.tokens, state.seconds + seconds, loader.fingerprint
-            )
+            profiler.after(step + 1)
+            state = state.after(result, cursor=batch.next_cursor, seconds=seconds)
             if reporter:
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
-            if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
-                raise _diverged(step + 1, result, run_folder)
-            last = step + 1 == training.steps
+            if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
+                raise _diverged(state, result, run_folder)
+            last, stopping = step + 1 == training.steps, result.stop
             if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
-                _evaluate(config, data.validation, engine, state, reporter)
-            if last or (training.checkpoint_every and (step + 1) % training.checkpoint_every == 0):
+                done = _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
+                stopping, state = stopping or not done, replace(state, evaluation_due=not done)
+            # While steps are skipped the weights may be ruined already: they must not push out good checkpoints.
+            save_due |= training.checkpoint_every is not None and (step + 1) % training.checkpoint_every == 0
+            if last or stopping or (save_due and not result.skipped):
                 tokenizer = config.data_folder / "tokenizer.model"
                 save_checkpoint(run_folder, engine, state, config=config, tokenizer=tokenizer, mesh=mesh)
+                save_due = False
+            if stopping and (not last or state.evaluation_due):
+                raise _requeue(state, stop, reporter)
 
 
-def _diverged(step: int, result: StepResult, run_folder: Path) -> UserError:
+def _diverged(state: TrainState, result: StepResult, run_folder: Path) -> UserError:
     saved = list_checkpoints(run_folder)
     again = f"with --accept-changes, it resumes from {saved[-1].name}" if saved else "again, it starts anew"
     return UserError(
-        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: training has diverged and nothing of this "
-        f"step was saved; lower optimizer.lr and run {again}"
+        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: the last {state.skipped_in_row} "
+        "steps were skipped, not finite or spikes: training has diverged (training.max_skipped_steps); lower "
+        f"optimizer.lr and run {again}"
     )
+
+
+def _requeue(state: TrainState, stop: StopRequest, reporter: Reporter | None) -> Requeue:
+    why = stop.why or "a signal to another rank"
+    text = f"asked to stop by {why}: saved; run the same command again to go on (exit code {REQUEUE})"
+    if reporter:
+        reporter.note(state, text)
+    return Requeue(f"step {state.step}: {text}")
 
 
 def _evaluate(
-    config: RunConfig, validation: Index, engine: Engine, state: TrainState, reporter: _Reporter | None
-) -> None:
+    config: RunConfig,
+    mesh: Mesh,
+    validation: Index,
+    engine: Engine,
+    state: TrainState,
+    reporter: Reporter | None,
+    stop: StopRequest,
+) -> bool:
+    """False: some rank was asked to stop, and the evaluation has to be done again."""
     training = config.training
+    layers = engine.layer_statistics()  # of the step before, so now: a resume cannot know them any more
+    if reporter and not state.evaluation_due:
+        reporter.layers(state, layers)
     batches = held_out_batches(
         config, validation, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
     )
-    result = perplexity(engine, batches)
-    layers = engine.layer_statistics()
+    try:
+        result = perplexity(engine, _until_asked(batches, mesh, stop))
+    except _AskedToStop:
+        return False
     if reporter:
-        reporter.evaluation(state, result.loss, layers)
+        reporter.evaluation(state, result.loss)
+    return True
 
 
-class _Reporter:
-    """Turns steps into metrics and console lines; the main rank has one."""
+class _AskedToStop(Exception):
+    """Raised on every rank at the same batch."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, step: int, quiet: bool) -> None:
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        self._device = mesh.device
-        self._peak = peak_flops(mesh.device, dtype)
-        if mesh.device.type != "cpu":  # ranks of one host share its cores
-            self._peak *= mesh.world_size
-        self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
-        self._metrics = Metrics(run_folder, config, step=step)
-        self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
-    def step(
-        self, state: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, digest: str
-    ) -> None:
-        rate = result.tokens / seconds
-        self._metrics.write(
-            "train",
-            state.step,
-            tokens=state.tokens,
-            seconds=state.seconds,
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            tokens_per_second=rate,
-            mfu=rate * self._flops_per_token / self._peak,
-            memory_bytes=memory_bytes(self._device),
-            loader_wait=waited / seconds,
-            digest=digest,
-        )
-        self._console.step(state.step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens_per_second=rate)
-
-    def evaluation(self, state: TrainState, loss: float, layers: dict[str, list[float | None]]) -> None:
-        self._metrics.write("evaluation", state.step, validation_loss=loss)
-        if any(value is not None for value in layers["lambda"]):
-            self._metrics.write("layers", state.step, **layers)
-        self._console.evaluation(state.step, loss)
-
-    def close(self) -> None:
-        self._console.close()
-        self._metrics.close()
+def _until_asked(batches: Iterable[Batch], mesh: Mesh, stop: StopRequest) -> Iterator[Batch]:
+    """`batches`, until some rank was asked to stop. Asking is a tiny all-reduce; scores wait for the device anyway."""
+    for number, batch in enumerate(batches, start=1):
+        mesh.enter(f"evaluation, batch {number}")
+        if mesh.max_over_all(torch.tensor(float(bool(stop)), device=mesh.device)).item():
+            raise _AskedToStop
+        yield batch

@@ -31,12 +31,12 @@ def _train(config: RunConfig, crash_at: int | None = None) -> None:
         engine = real(config, mesh)
         step = engine.train_step
 
-        def train_step(*args: object) -> StepResult:
+        def train_step(*args: object, **options: object) -> StepResult:
             nonlocal calls
             calls += 1
             if calls == crash_at:
                 raise KeyboardInterrupt
-            return step(*args)  # type: ignore[arg-type]
+            return step(*args, **options)  # type: ignore[arg-type]
 
         engine.train_step = train_step  # type: ignore[method-assign]
         return engine

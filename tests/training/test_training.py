@@ -271,7 +271,8 @@ def test_load_model_scores_and_generates(tiny: RunConfig) -> None:
 
 
 def test_diverged_training_stops_and_saves_nothing(tiny: RunConfig) -> None:
-    config = changed(tiny, optimizer={"lr": 1e30, "grad_clip": None}, schedule={"warmup_steps": 0})
+    ruin = {"optimizer": {"lr": 1e30, "grad_clip": None}, "schedule": {"warmup_steps": 0}}
+    config = changed(tiny, **ruin, training={"max_skipped_steps": 3})
     with pytest.raises(UserError, match=r"diverged .*; lower optimizer\.lr and run again, it starts anew"):
         train(config, quiet=True)
     assert list_checkpoints(Path(tiny.output_dir)) == []

@@ -1,0 +1,166 @@
+"""`sisa estimate`: what a run will hold on each rank and compute in a step, before any machine is asked for.
+
+States are arithmetic and exact; the rest comes from one rehearsed step (rehearsal.py), which says there what it does
+not know. Needs no processes, no GPU and no memory to speak of; not to be called inside a launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sisa_dist.config import RunConfig, UserError
+from sisa_dist.model import build_model, num_parameters
+from sisa_dist.model.flops import training_flops_per_token
+from sisa_dist.parallel.apply import apply_plan
+from sisa_dist.parallel.mesh import AXES, Mesh
+from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
+from sisa_dist.training.states import local_shapes, states
+from sisa_dist.training.zero import zero_peaks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run. Bytes are of the rank that holds most; `host` of them lie in host memory."""
+
+    parameters: int
+    flops_per_token: float  # forward and backward, without recomputation
+    flops_per_step: float
+    tokens_per_step: int
+    mesh: dict[str, int]  # size of each axis
+    micro_batches: int  # of each rank in a step
+    weights: int  # fp32 masters
+    gradients: int
+    moments: int
+    smallest_states: int  # weights, gradients and moments of the rank that holds least
+    gathered: int  # weights of other ranks, at most
+    activations: int  # kept from the first forward for its backward
+    loss: int  # beyond them: logits of a chunk, gradients of hidden states and head
+    summed_gradients: int  # kept from micro-batch to micro-batch
+    peak: int
+    peak_at: str
+    peak_holds: dict[str, int]  # states, gradients, gathered, buckets (DeepSpeed's), rest
+    host: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.moments
+
+
+def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
+    """For `world_size` processes; None: parallel.tp × parallel.dp (1 or dp_replicate where dp is null).
+
+    Raises UserError where the config does not fit so many.
+    """
+    parallel = config.parallel
+    world_size = world_size or parallel.tp * (parallel.dp or parallel.dp_replicate)
+    with pretended_mesh(config, world_size) as mesh:
+        _check_batch(config, mesh)
+        with torch.device("meta"):
+            model = build_model(config.model)
+        parameters = num_parameters(model)
+        slices = apply_plan(model, mesh)
+        held = states(config, slices, mesh)
+        least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
+        meter = rehearse_step(config, mesh)
+        shapes = local_shapes(slices, mesh)
+        sizes = {axis: mesh.size(axis) for axis in AXES}
+        micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
+    peaks, summed, host = meter.peaks, 0, 0
+    if micro_batches > 1:
+        summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
+    if config.engine.kind == "deepspeed":
+        peaks = zero_peaks(config, meter, held, shapes, dp_size=sizes["dp_shard"])
+        summed = 0 if micro_batches == 1 else held.gradients
+    if config.engine.cpu_offload:
+        # Whatever a step needs still stands on the device; the optimizer runs on the host.
+        host = held.total
+        peaks = {moment: {**found, "states": 0, "gradients": 0} for moment, found in peaks.items()}
+        del peaks["optimizer step"]
+    moment = max(peaks, key=lambda moment: sum(peaks[moment].values()))
+    flops = training_flops_per_token(config.model, config.training.seq_len)
+    loss = FIRST + "loss" if micro_batches > 1 else "loss"
+    before_loss = meter.starts[loss]
+    return Estimate(
+        parameters=parameters,
+        flops_per_token=flops,
+        flops_per_step=flops * config.training.global_batch_tokens,
+        tokens_per_step=config.training.global_batch_tokens,
+        mesh=sizes,
+        micro_batches=micro_batches,
+        **dataclasses.asdict(held),
+        smallest_states=least.total,
+        gathered=max(found.get("gathered", 0) for found in peaks.values()),
+        activations=before_loss["rest"],
+        loss=sum(meter.peaks[loss].values()) - sum(before_loss.values()),
+        summed_gradients=summed,
+        peak=sum(peaks[moment].values()),
+        peak_at=moment,
+        peak_holds=peaks[moment],
+        host=host,
+    )
+
+
+def print_estimate(config: RunConfig, *, world_size: int | None = None, as_json: bool = False) -> None:
+    """The estimate as a table, or as one JSON object whose keys are `Estimate`'s."""
+    found = estimate(config, world_size=world_size)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    console = Console(highlight=False)
+    console.print(_heading(config, found), soft_wrap=True)
+    console.print(_table(config, found))
+    console.print(
+        "Not counted: the CUDA context, an allocator's fragments, NCCL's buffers, workspaces inside kernels.",
+        soft_wrap=True,
+    )
+
+
+def _check_batch(config: RunConfig, mesh: Mesh) -> None:
+    training = config.training
+    unit = training.micro_batch_size * training.seq_len * mesh.dp_size
+    if training.global_batch_tokens % unit:
+        near = max(1, training.global_batch_tokens // unit) * unit
+        raise UserError(
+            f"training.global_batch_tokens {training.global_batch_tokens} is not a multiple of micro_batch_size × "
+            f"seq_len × data ranks = {unit}: set it to {near} or {near + unit}"
+        )
+
+
+def _heading(config: RunConfig, found: Estimate) -> str:
+    engine, training = config.engine, config.training
+    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1) or "one process"
+    kind = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
+    return (
+        f"{config.name}: {found.parameters:,} parameters, {found.flops_per_token:.3g} FLOPs a token, "
+        f"{found.flops_per_step:.3g} a step of {found.tokens_per_step:,} tokens\n"
+        f"{kind}, {engine.precision}, {axes}: {found.micro_batches} micro-batch(es) of "
+        f"{training.micro_batch_size} × {training.seq_len} a rank"
+    )
+
+
+def _table(config: RunConfig, found: Estimate) -> Table:
+    unit, divisor = ("GiB", 2**30) if found.peak > 2**30 else ("MiB", 2**20)
+    table = Table("the fullest rank", unit, "")
+
+    def row(name: str, size: int, told: str = "", *, last: bool = False) -> None:
+        table.add_row(name, f"{size / divisor:.2f}", told, end_section=last)
+
+    place = ", in host memory" if config.engine.cpu_offload else ""
+    row("weights", found.weights, "fp32 masters" + place)
+    row("gradients", found.gradients, "fp32" + place)
+    row("Adam's moments", found.moments, "fp32, two" + place)
+    row("states", found.states, f"the emptiest rank: {found.smallest_states / divisor:.2f}", last=True)
+    row("gathered weights", found.gathered, "of other ranks, at most")
+    recomputed = config.engine.activation_checkpointing
+    row("activations", found.activations, "a block's input each" if recomputed else "all that the backward reads")
+    row("loss", found.loss, "a chunk of logits, gradients of hidden states and head")
+    row("summed gradients", found.summed_gradients, "kept from micro-batch to micro-batch", last=True)
+    holds = ", ".join(f"{name} {size / divisor:.2f}" for name, size in found.peak_holds.items() if size)
+    row("peak", found.peak, f"{found.peak_at}: {holds}")
+    return table

@@ -1,0 +1,160 @@
+"""One training step on tensors without memory, to learn what a rank would hold and when.
+
+The run's own model, its own plan and FSDP2 itself run on fake tensors over a process group that only pretends, so
+there is no second description of the model to keep true: what the blocks save for their backward, what FSDP2 gathers
+and what our operators take is what really is saved, gathered and taken. Rank 0 is played, which holds the most.
+DeepSpeed does not run so; for it the model is played alone, and zero.py adds the engine's part.
+
+What it does not know: workspaces inside PyTorch's kernels, an allocator's fragments, and other devices' kernels (the
+score is played as the CPU computes it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sisa_dist.config import RunConfig
+from sisa_dist.engine.compute_dtype import compute_in
+from sisa_dist.engine.norm import global_norm
+from sisa_dist.engine.optim import build_optimizer
+from sisa_dist.engine.shard import shard
+from sisa_dist.model import LM, build_model
+from sisa_dist.parallel.apply import apply_plan
+from sisa_dist.parallel.mesh import Mesh, init_mesh
+from sisa_dist.training.memory_meter import MemoryMeter
+
+FIRST = "first micro-batch, "
+NEXT = "next micro-batch"
+
+
+@contextmanager
+def pretended_mesh(config: RunConfig, world_size: int) -> Iterator[Mesh]:
+    """Rank 0's mesh of a launch of `world_size` processes that do not exist; its collectives do nothing.
+
+    Raises UserError where the parallel block does not fit `world_size`. Not inside a real launch.
+    """
+    assert not dist.is_initialized(), "a pretended process group cannot stand beside a real one"
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world_size), "RANK": "0", "LOCAL_RANK": "0"}):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        try:
+            yield init_mesh(config.parallel, device="cpu")
+        finally:
+            dist.destroy_process_group()
+
+
+def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
+    """The meter of one train_step of `config` on rank 0 of a pretended mesh.
+
+    Moments: `embedding`, `forward of layer 3`, `loss`, `backward of layer 3`, `optimizer step`. Of several
+    micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played.
+    `engine.compile` is played without compiling; an attention backend asked for by name as `auto`.
+    """
+    with FakeTensorMode(), _CpuFlash():
+        model, optimizer, slices = _build(config, mesh)
+        meter = MemoryMeter()
+        training = config.training
+        tokens = torch.zeros(training.micro_batch_size, training.seq_len, dtype=torch.int64)
+        doc_ids = torch.zeros_like(tokens) if config.data.document_mask else None
+        rounds = training.global_batch_windows // (training.micro_batch_size * mesh.dp_size)
+        with meter:
+            meter.mark(model.parameters(), "states")
+            meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
+            prefix = _name_moments(model, meter)
+            for last in [False, True] if rounds > 1 else [True]:  # the last holds most: all that was summed before
+                prefix[0] = "" if last else FIRST
+                if isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(last)
+                loss, _ = model(tokens, tokens, doc_ids_BT=doc_ids)
+                (loss * 1.0).backward()
+                del loss
+                if not last:
+                    meter.begin(NEXT)
+            named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+            meter.mark((p.grad for _, p in named), "gradients")  # type: ignore[misc]
+            if config.engine.kind == "deepspeed":
+                return meter
+            meter.begin("optimizer step")
+            norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
+            if config.optimizer.grad_clip is not None:
+                torch.nn.utils.clip_grads_with_norm_([p for _, p in named], config.optimizer.grad_clip, norm)
+            optimizer.step()
+    return meter
+
+
+def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, dict[str, Any]]:
+    """As the engine builds, without values; for DeepSpeed the model alone, with whole weights and no moments."""
+    engine, attention = config.engine, config.attention.model_copy(update={"backend": "auto"})
+    deepspeed = engine.kind == "deepspeed"
+    with torch.device("meta"):
+        model = build_model(config.model, attention=attention)
+    slices = apply_plan(model, mesh, overlap=engine.overlap is not False and not engine.compile and not deepspeed)
+    for block in model.blocks:
+        block.activation_checkpointing = engine.activation_checkpointing  # type: ignore[assignment]
+    if deepspeed and engine.precision == "bf16":
+        compute_in(model, torch.bfloat16)
+    if not deepspeed and (mesh.world_size > 1 or engine.precision == "bf16" or engine.cpu_offload):
+        shard(model, mesh, engine)
+        model.to_empty(device="cpu")
+    else:
+        _to_empty(model)
+    return model, build_optimizer(model, config.optimizer, moments=not deepspeed), slices
+
+
+def _to_empty(model: nn.Module) -> None:
+    """`Module.to_empty` swaps tensors, which plain fake parameters refuse."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+
+
+def _name_moments(model: LM, meter: MemoryMeter) -> list[str]:
+    """Hooks that begin the meter's moments; what stands in the list's one place goes before their names."""
+    prefix = [""]
+
+    def begin(moment: str) -> None:
+        meter.mark((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+        meter.begin(prefix[0] + moment)
+
+    def before(name: str) -> Any:
+        return lambda module, arguments: begin(f"forward of {name}")
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            output.register_hook(lambda grad: begin(f"backward of {name}"))
+
+        return hook
+
+    # Ahead of FSDP2's own hooks: what it gathers for a layer belongs to the layer.
+    model.register_forward_pre_hook(lambda module, arguments: begin("embedding"), prepend=True)
+    for number, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(before(f"layer {number}"), prepend=True)
+        block.register_forward_hook(after(f"layer {number}"))
+    model.head.register_forward_pre_hook(lambda module, arguments: begin("loss"), prepend=True)
+    return prefix
+
+
+class _CpuFlash(TorchFunctionMode):
+    """Fake tensors take SDPA's unfused path, with T² of memory; real ones on the CPU its flash kernel."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, mask = args[0], kwargs["attn_mask"]
+        mask = mask.to(q.dtype) if mask is not None else None
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(*args, 0.0, kwargs["is_causal"], attn_mask=mask, scale=kwargs["scale"])[0]

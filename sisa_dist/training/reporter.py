@@ -1,0 +1,68 @@
+"""Turns what the loop did into metrics records and console lines. The main rank has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sisa_dist.config import RunConfig
+from sisa_dist.engine import StepResult
+from sisa_dist.model.flops import training_flops_per_token
+from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.training.checkpoint import TrainState
+from sisa_dist.training.console import Console
+from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+
+
+class Reporter:
+    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, step: int, quiet: bool) -> None:
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._device = mesh.device
+        self._peak = peak_flops(mesh.device, dtype)
+        if mesh.device.type != "cpu":  # ranks of one host share its cores
+            self._peak *= mesh.world_size
+        self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
+        self._metrics = Metrics(run_folder, config, step=step)
+        self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
+
+    def step(
+        self, state: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, digest: str
+    ) -> None:
+        rate = result.tokens / seconds
+        self._metrics.write(
+            "train",
+            state.step,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens_per_second=rate,
+            mfu=rate * self._flops_per_token / self._peak,
+            memory_bytes=memory_bytes(self._device),
+            loader_wait=waited / seconds,
+            digest=digest,
+            skipped=result.skipped,
+            skipped_steps=state.skipped,
+        )
+        if result.skipped:
+            self._console.note(
+                state.step, f"skipped: loss {result.loss:.4f}, norm {result.grad_norm:.2f} (not finite, or a spike)"
+            )
+        self._console.step(state.step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens_per_second=rate)
+
+    def layers(self, state: TrainState, layers: dict[str, list[float | None]]) -> None:
+        if any(value is not None for value in layers["lambda"]):
+            self._metrics.write("layers", state.step, **layers)
+
+    def evaluation(self, state: TrainState, loss: float) -> None:
+        self._metrics.write("evaluation", state.step, validation_loss=loss)
+        self._console.note(state.step, f"validation loss {loss:.4f}")
+
+    def note(self, state: TrainState, text: str) -> None:
+        self._console.note(state.step, text)
+
+    def close(self) -> None:
+        self._console.close()
+        self._metrics.close()

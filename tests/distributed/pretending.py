@@ -1,0 +1,25 @@
+"""A process apart for what brings its own pretended process group, which cannot stand beside the tests' real ones."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+def alone(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """`function(*arguments, **options)` in the one process that stays; what it raises is raised here."""
+    return _executor().submit(function, *arguments, **options).result(timeout=300)
+
+
+@functools.cache
+def _executor() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

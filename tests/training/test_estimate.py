@@ -1,0 +1,152 @@
+"""`sisa estimate` against real engines: states to the byte, the peak of a step within a tenth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed.grid import LAYOUTS
+from distributed.measured import held_bytes, peak_rise
+from distributed.pool import run_job
+from distributed.pretending import alone
+from sisa_dist.config import RunConfig, UserError, load_config, parse_config
+from sisa_dist.model import build_model
+from sisa_dist.model.flops import training_flops_per_token
+from sisa_dist.parallel.apply import apply_plan
+from sisa_dist.training.estimate import estimate
+from sisa_dist.training.rehearsal import pretended_mesh
+from sisa_dist.training.states import States, states
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+def _tiny(parallel: dict[str, Any], **model: Any) -> RunConfig:
+    """Layers of two kinds, rows that no number of ranks divides, kv heads held whole."""
+    shape = dict(vocab_size=61, vocab_multiple=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=1, d_ff=48)
+    shape |= dict(mixer=["sisa", "attention"], d_s=[8, 0], tie_embeddings=False, qk_norm=True) | model
+    training = {"steps": 1, "seq_len": 16, "global_batch_tokens": 16 * 12}
+    return parse_config(
+        {"model": shape, "parallel": parallel, "schedule": {"warmup_steps": 0}, "training": training}, source="tiny"
+    )
+
+
+def _states(config: RunConfig, world_size: int) -> list[States]:
+    with pretended_mesh(config, world_size) as mesh:
+        with torch.device("meta"):
+            model = build_model(config.model)
+        slices = apply_plan(model, mesh)
+        return [states(config, slices, mesh, shard_rank=rank) for rank in range(mesh.size("dp_shard"))]
+
+
+EXACT = {name: LAYOUTS[name] for name in ("tp1", "dp2", "tp2", "tp2_dp2", "tp2_dp2_sp", "hsdp_2x2")}
+EXACT["dp3"] = 3, {"dp": 3}  # the last rank holds less, of λ nothing
+
+
+@pytest.mark.parametrize("layout", EXACT)
+def test_states_are_exact_to_the_byte(layout: str) -> None:
+    world_size, parallel = EXACT[layout]
+    config = _tiny(parallel)
+    expected = alone(_states, config, world_size)
+    ranks = run_job(world_size, held_bytes, config)
+    for found in ranks:
+        mine = expected[found["shard_rank"]]
+        assert (found["weights"], found["gradients"], found["moments"]) == (mine.weights, mine.gradients, mine.moments)
+        assert found["stored"] == expected[0].weights  # FSDP2 pads every rank's shard to the largest
+    if layout == "dp3":
+        assert expected[2].total < expected[0].total
+
+
+SMALL = [
+    "model.n_layers=2",
+    "model.vocab_size=2048",
+    "training.micro_batch_size=2",
+    "training.global_batch_tokens=2048",
+]
+ATTENTION = ["model.mixer=attention", "model.d_s=null"]
+CHECKPOINTED = ["engine.activation_checkpointing=true"]
+PEAKS: dict[str, tuple[int, list[str]]] = {
+    "sisa": (1, []),
+    "attention": (1, ATTENTION),
+    "sisa_checkpointed": (1, CHECKPOINTED),
+    "attention_long_checkpointed": (1, [*ATTENTION, *CHECKPOINTED, "training.seq_len=1024"]),
+    "sisa_bf16": (1, ["engine.precision=bf16"]),
+    "sisa_gqa_documents": (1, ["model.n_kv_heads=2", "data.document_mask=true"]),
+    "sisa_tp2_sp_bf16": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=bf16"]),
+    "attention_tp2": (2, [*ATTENTION, "parallel.tp=2", "training.micro_batch_size=4"]),
+    "sisa_dp2": (2, ["training.micro_batch_size=1"]),
+    "attention_dp2_bf16_kept": (2, [*ATTENTION, "engine.precision=bf16", "engine.reshard_after_forward=false"]),
+    "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_is_within_a_tenth(name: str) -> None:
+    """Of all that is live, and of what rises above the states too, which is the harder part."""
+    world_size, overrides = PEAKS[name]
+    config = load_config(QUICKSTART, [*SMALL, *overrides])
+    found = alone(estimate, config, world_size=world_size)
+    most = max(run_job(world_size, peak_rise, config))
+    kept = found.weights + found.moments
+    assert abs(found.peak / (kept + most) - 1) < 0.1
+    assert abs((found.peak - kept) / most - 1) < 0.1
+    assert found.peak == sum(found.peak_holds.values())
+
+
+def test_what_each_choice_saves() -> None:
+    """Signs and sizes that hold whatever the model: the estimate answers to the keys it is asked about."""
+
+    def of(world_size: int, *overrides: str) -> Any:
+        return alone(estimate, load_config(QUICKSTART, [*SMALL, *overrides]), world_size=world_size)
+
+    plain, recomputed = of(2), of(2, *CHECKPOINTED)
+    # A block's input is the residual stream: [2, 512, 256] fp32 each, the last norm's and small things beside.
+    assert recomputed.activations < 0.25 * plain.activations
+    assert recomputed.activations >= 2 * 2 * 512 * 256 * 4
+    assert plain.states == recomputed.states and plain.peak > recomputed.peak
+    kept = of(2, "engine.reshard_after_forward=false")
+    assert kept.peak_at == plain.peak_at == "loss" and kept.activations == plain.activations
+    assert kept.peak_holds["gathered"] > 4 * plain.peak_holds["gathered"] > 0  # all layers, or the embedding alone
+    offloaded = of(2, "engine.cpu_offload=true")
+    assert offloaded.host == offloaded.states == plain.states
+    assert offloaded.peak < plain.peak - plain.moments
+    summed = of(2, "training.micro_batch_size=1")
+    assert plain.summed_gradients == 0 and summed.micro_batches == 2
+    # FSDP2 keeps whole gradients between micro-batches.
+    assert summed.summed_gradients >= 4 * summed.parameters
+    alone_, cut = (
+        of(1, "training.global_batch_tokens=1024"),
+        of(2, "parallel.tp=2", "training.global_batch_tokens=1024"),
+    )
+    assert 0.5 * alone_.weights < cut.weights < 0.51 * alone_.weights  # all but norms is halved
+
+
+def test_numbers_and_refusals() -> None:
+    config = load_config(QUICKSTART, SMALL)
+    found = alone(estimate, config, world_size=2)
+    with torch.device("meta"):
+        assert found.parameters == sum(p.numel() for p in build_model(config.model).parameters())
+    assert found.flops_per_step == 2048 * training_flops_per_token(config.model, 512) == 2048 * found.flops_per_token
+    with pytest.raises(UserError, match="set it to 3072 or 6144"):
+        alone(estimate, load_config(QUICKSTART, [*SMALL, "training.global_batch_tokens=4096"]), world_size=3)
+    with pytest.raises(UserError, match="does not divide the 3 process"):
+        alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
+
+
+def test_the_command_prints_a_table_and_json() -> None:
+    command = [sys.executable, "-m", "sisa_dist.cli", "estimate", str(QUICKSTART), "--world", "2"]
+    command += [part for override in SMALL for part in ("--set", override)]
+    table = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert table.returncode == 0, table.stderr
+    told = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    found = json.loads(told.stdout)
+    assert f"{found['parameters']:,} parameters" in table.stdout
+    assert found["mesh"] == {"dp_replicate": 1, "tp": 1, "dp_shard": 2}
+    assert found["weights"] == pytest.approx(4 * found["parameters"] / 2, rel=0.01)
+    refused = subprocess.run([*command, "--set", "parallel.tp=4"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "does not divide the 2 process(es)" in refused.stderr
