@@ -1,4 +1,4 @@
-"""Texts, documents and splits made on the spot, for tests of the data. Not in a conftest: those share one module name."""
+"""Texts, documents and splits made on the spot for tests. Not in a conftest: those share one module name."""
 
 from __future__ import annotations
 

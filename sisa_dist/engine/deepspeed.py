@@ -42,7 +42,7 @@ class DeepSpeedEngine:
     """Engine over `deepspeed.initialize`. Weights and moments are fp32, flat and partitioned as the stage says."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        deepspeed = _import(mesh)
+        self._deepspeed = deepspeed = _import(mesh)
         if mesh.size("dp_replicate") > 1:
             raise UserError(
                 "parallel.dp_replicate needs engine.kind fsdp2: under deepspeed set it to 1 and, for shards within a "
@@ -63,7 +63,10 @@ class DeepSpeedEngine:
                 block.compile()
         if config.engine.precision == "bf16":
             compute_in(model, torch.bfloat16)
-        self._materialise(model, config, settings)
+        try:
+            self._materialise(model, config, settings)
+        except deepspeed.runtime.config.DeepSpeedConfigError as error:
+            raise UserError(f"engine.deepspeed_config: {' '.join(str(error).split())}") from None
         for name, parameter in model.named_parameters():
             parameter.tensor_model_parallel = self.slices[name].tp_dim is not None  # type: ignore[attr-defined]
         self.model = model
@@ -152,10 +155,8 @@ class DeepSpeedEngine:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
-        import deepspeed
-
         vectors = [p for p in self.model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]
-        with deepspeed.zero.GatheredParameters(vectors, enabled=self.stage == 3):
+        with self._deepspeed.zero.GatheredParameters(vectors, enabled=self.stage == 3):
             return layer_statistics(self.model, self.mesh)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -181,23 +182,25 @@ class DeepSpeedEngine:
     def _materialise(self, model: nn.Module, config: RunConfig, settings: dict[str, Any]) -> None:
         """Give the meta model its initial weights. Under ZeRO-3 one block at a time, partitioned at once."""
         parts: list[tuple[str, nn.Module]] = [("", model)]
-        mpu = _MPU(self.mesh)
         if self.stage == 3:
             parts = [(f"blocks.{number}", block) for number, block in enumerate(model.blocks)]  # type: ignore
             parts += [(name, child) for name, child in model.named_children() if name != "blocks"]
         log = BuildLog(self.mesh, n_layers=config.model.n_layers)
         settle = dict(seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
+        partition = None
         for prefix, part in parts:
             part.to_empty(device=self.mesh.device)
             init_parameters(part, prefix=prefix, **settle)  # type: ignore[arg-type]
-            if self.stage == 3:
-                import deepspeed
-
+            if self.stage == 3 and partition is None:
                 group = self.mesh.group("dp_shard")
-                deepspeed.zero.Init(module=part, data_parallel_group=group, config_dict_or_path=settings, mpu=mpu)
+                partition = self._deepspeed.zero.Init(
+                    module=part, data_parallel_group=group, config_dict_or_path=settings, mpu=_MPU(self.mesh)
+                )
+            elif partition is not None:  # a second Init would make its process groups again, and refuses
+                partition._convert_to_zero_parameters(part.parameters())
         if self.stage == 3 and config.model.tie_embeddings:
             # The head reads the embedding's weight, which its own forward would not gather.
-            deepspeed.zero.register_external_parameter(model.head, model.embed.weight)  # type: ignore
+            self._deepspeed.zero.register_external_parameter(model.head, model.embed.weight)  # type: ignore
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from distributed.comparing import errors, red
 from distributed.grid import Case, run_case
 from distributed.mutations import MUTATIONS
-from distributed.pool import run_job
+from distributed.pool import RankFailed, run_job
 from distributed.test_grid import reference
+from sisa_dist.engine import build_engine
+from sisa_dist.parallel.mesh import init_mesh
 
 LAYOUTS = ("dp2", "dp4", "tp4", "tp4_sp", "tp2_dp2", "tp2_dp2_sp")
 # What rides along, dealt out in turn.
@@ -78,3 +82,66 @@ def test_a_forgotten_tensor_model_parallel_flag_is_seen(stage: int, offload: boo
 
 def test_the_mutation_list_has_it() -> None:
     assert "tensor_model_parallel forgotten" in MUTATIONS
+
+
+def test_hpz_equals_one_process() -> None:
+    """ZeRO++'s second partition within a host. Its quantised forms need DeepSpeed's CUDA kernels."""
+    own = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+    check(Case("dp4", "sisa", 2, "uniform", "fp32", engine=(("kind", "deepspeed"), ("deepspeed_config", own))))
+
+
+def test_what_deepspeed_refuses_is_one_line() -> None:
+    """MiCS keys pass through; this DeepSpeed has dropped MiCS and says so."""
+    own = {"zero_optimization": {"mics_shard_size": 2}}
+    case = Case("dp2", "sisa", 2, "uniform", "fp32", engine=(("kind", "deepspeed"), ("deepspeed_config", own)))
+    with pytest.raises(RankFailed, match=r"UserError: engine\.deepspeed_config: MiCS"):
+        run_job(2, run_case, case)
+
+
+def test_no_rank_ever_holds_the_whole_model_under_zero_3() -> None:
+    """Bytes of weights alive while the model is made: one part of it and the shards, never all."""
+    case = Case("dp4", "sisa", 4, "uniform", "fp32", engine=(("kind", "deepspeed"), ("zero_stage", 3)))
+    for most, whole, largest in run_job(4, _most_while_building, case):
+        assert most <= largest + whole / 4 + 4096 < whole
+        assert whole / 4 < most
+
+
+def _most_while_building(case: Case) -> tuple[int, int, int]:
+    from sisa_dist.engine.deepspeed import DeepSpeedEngine
+
+    config = case.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"n_layers": 8, "d_s": 8})})
+    seen: list[int] = []
+    real = DeepSpeedEngine._as_global
+
+    def alive(model: torch.nn.Module) -> int:
+        return sum(
+            (p.numel() + getattr(p, "ds_tensor", torch.empty(0)).numel()) * 4
+            for p in model.parameters()
+            if not p.is_meta
+        )
+
+    models: list[torch.nn.Module] = []
+    real_materialise = DeepSpeedEngine._materialise
+
+    def materialise(engine: DeepSpeedEngine, model: torch.nn.Module, *rest: Any) -> None:
+        models.append(model)
+        real_materialise(engine, model, *rest)  # type: ignore[arg-type]
+        seen.append(alive(model))
+
+    def look(engine: DeepSpeedEngine, name: str, stored: torch.Tensor) -> torch.Tensor:
+        if models:
+            seen.append(alive(models[0]))
+        return real(engine, name, stored)
+
+    with (
+        mock.patch.object(DeepSpeedEngine, "_materialise", materialise),
+        mock.patch.object(DeepSpeedEngine, "_as_global", look),
+    ):
+        engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
+    whole = sum(part.shape.numel() * 4 for part in engine.slices.values())
+    largest = max(
+        sum(part.shape.numel() * 4 for name, part in engine.slices.items() if name.startswith(prefix))
+        for prefix in ("blocks.0.", "embed")
+    )
+    return max(seen), whole, largest
