@@ -60,7 +60,7 @@ class HeartbeatFile:
             os.pwrite(self._file, _encode(self.now()), 0)
 
     def sync(self) -> None:
-        """Hand what was written to the file system, which shows it to other hosts."""
+        """Hand what was written to the file system, which shows it to other hosts. May take long on a busy disk."""
         with suppress(OSError):
             os.fsync(self._file)
 

@@ -56,6 +56,7 @@ class Watchdog:
         beats: list[Beat] = [self._heartbeat.now()] * self._mesh.world_size
         if self._mesh.world_size > 1:
             dist.all_gather_object(beats, self._heartbeat.now())
+        self._other_hosts = len({beat.host for beat in beats}) > 1
         self._neighbours = [b for b in beats if b.rank != rank and process_state(b) == "running"]
         self._mesh.pulse.listener = self._heartbeat.write
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -77,11 +78,12 @@ class Watchdog:
     def _watch(self) -> None:
         patience = max(2.0, 4 * self._interval)  # for the main thread to see for itself what a lost peer does to it
         while not self._ended.wait(self._interval):
-            self._heartbeat.write()
-            self._heartbeat.sync()
             stuck = time.monotonic() - self._mesh.pulse.since
             waits = stuck > 2 * self._interval and not self._telling.locked()
             self._heartbeat.at = self._where() if waits else ""
+            self._heartbeat.write()
+            if self._other_hosts:
+                self._heartbeat.sync()
             if self._mesh.world_size > 1 and os.getppid() != self._parent:
                 self._stop.ask("the end of its launcher")
             lost = [

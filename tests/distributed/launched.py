@@ -18,7 +18,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, folder: Path, *ar
     """`function(*arguments)` on every rank, over gloo; stderr goes to folder/stderrN, a SystemExit into the code."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.engine"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.training.trainer"])
     processes: list[BaseProcess] = [
         context.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
         for rank in range(world_size)

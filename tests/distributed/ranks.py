@@ -17,7 +17,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
     """`function(*arguments)` on every rank; their results by rank. Fails with the first rank's traceback."""
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.training.trainer"])
     processes = [
         context.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
         for rank in range(world_size)

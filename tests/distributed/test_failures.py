@@ -116,6 +116,7 @@ def test_under_torchrun_everybody_goes(tiny: RunConfig, tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{beat.pid}").exists() for beat in beats.values())
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_died_save_and_go(tiny: RunConfig, tmp_path: Path) -> None:
     launcher, beats = _torchrun(long_run(tiny, tmp_path / "run"), tmp_path)
     launcher.kill()
@@ -152,9 +153,9 @@ def _beat(rank: int, **changes: object) -> Beat:
         ),
         ({2: {"beat": 2005.0, "at": "x.py:1"}, 1: {"beat": 2005.0, "at": "collective all_reduce"}}, "rank 2 .*lives"),
         ({1: {"gave_up": True, "entered": 900.0}}, "rank 1 .*lives, but"),
-        ({2: {"beat": 2003.0, "failed": "KeyError: 'x'"}}, "rank 2 .*: it failed first, with KeyError: 'x'"),
+        ({2: {"beat": 2005.0, "failed": "KeyError: 'x'"}}, "rank 2 .*: it failed first, with KeyError: 'x'"),
         ({1: {"failed": "lost 2"}, 2: {}}, "rank 2 .*: no sign of life"),  # who else failed, failed for want of it
-        ({0: {"beat": 2001.0, "failed": "mine"}, 2: {"beat": 2003.0, "failed": "lost 0"}}, None),
+        ({0: {"failed": "mine", "failed_at": 1.0}, 2: {"failed": "lost 0", "failed_at": 2.0}}, None),
         ({0: {"beat": 2001.0, "step": 6}, 2: {"beat": 2005.0}}, None),  # the one behind is the one that asks
     ],
 )
