@@ -196,26 +196,31 @@ train_node() {
         --master_port "$MASTER_PORT" --no_local_rank --module sisa_dist.cli train "$@"
 }
 
+# Where the processes of a SLURM job meet: its first host, and a port that two jobs on one host rarely share.
+meet() {
+    default MASTER_ADDR "$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | sed -n 1p)"
+    default MASTER_PORT $((15000 + SLURM_JOB_ID % 15000))
+}
+
 # In a SLURM allocation: a task is a rank, without torchrun between, which would pass on neither SIGUSR1 nor the exit
 # code that asks for a requeue. For that code's sake, too, the first task to end does not kill the others at once.
 train_srun() {
-    local hosts tasks=${NPROC:-${SLURM_TASKS_PER_NODE%%[!0-9]*}} options=(--kill-on-bad-exit=0 --wait=60)
+    local tasks=${NPROC:-${SLURM_TASKS_PER_NODE%%[!0-9]*}} options=(--kill-on-bad-exit=0 --wait=60)
     [ "${SLURM_GPUS_ON_NODE:-0}" -le "$tasks" ] ||
         refuse "$SLURM_GPUS_ON_NODE GPUs but $tasks task(s) a node: ask SLURM for --ntasks-per-node=$SLURM_GPUS_ON_NODE"
-    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     [ -z "${NPROC:-}" ] || options+=(--ntasks="$((NPROC * SLURM_JOB_NUM_NODES))" --ntasks-per-node="$NPROC")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
     prepare "$@"
-    default MASTER_ADDR "$(sed 1q <<<"$hosts")"
-    default MASTER_PORT $((15000 + SLURM_JOB_ID % 15000))
+    meet
     become srun "${options[@]}" ./launch.sh train "$@"
 }
 
-# One process of many, whoever started it.
+# One process of many, whoever started it: torchrun, or srun, ours or yours. It prepares no data.
 train_rank() {
     local others=
     if [ -z "${RANK:-}" ]; then
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
+        meet
         [ "$SLURM_STEP_NUM_NODES" = 1 ] || others=$MASTER_ADDR
         settings "${SLURM_CPUS_PER_TASK:-1}" "$others"
         # Where SLURM shows each task only its own GPU, that is number 0.

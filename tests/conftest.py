@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from data_pipeline.prepare import prepare
+from runs import QUICKSTART
 from sisa_dist.config import RunConfig, load_config
 
 torch.set_num_threads(1)
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 TINY = [
     "model.vocab_size=512",

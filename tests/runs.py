@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sisa_dist.training.metrics_file import read_metrics
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
 
 def losses(run: Path) -> list[tuple[int, float, float, str]]:
     """(step, loss, gradient norm, digest of the samples) of every step."""

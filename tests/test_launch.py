@@ -184,6 +184,10 @@ def test_an_allocation_of_slurm_trains_a_rank_a_task(clone: Path) -> None:
             f"RANK={rank}",
             "WORLD_SIZE=4",
         ]
+    # A task of your own srun finds the meeting place by itself.
+    step = {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+    own = SLURM | step | {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "2"}
+    assert launch(clone, *train, names=names, **own)[-7:] == ranks[14:21]
     # Each task sees one GPU of its own: number 0.
     found = launch(clone, *train, names="LOCAL_RANK", **SLURM, GPUS="1", CUDA_VISIBLE_DEVICES="3")
     assert found.count("LOCAL_RANK=0") == 4

@@ -180,6 +180,10 @@ class EngineConfig(Section):
             for key, neutral in (("prefetch", 0), ("reshard_after_forward", True), ("overlap", None)):
                 if getattr(self, key) != neutral:
                     raise ValueError(f"engine.{key} has no effect under engine.kind deepspeed: remove it")
+            if self.zero_stage == 0 and self.cpu_offload:
+                raise ValueError(
+                    "engine.zero_stage 0 has nothing to offload: set it to 1, 2 or 3, or remove cpu_offload"
+                )
         if self.compile and self.overlap:
             raise ValueError("engine.overlap is not possible under engine.compile: remove one of them")
         return self

@@ -1,56 +1,15 @@
-"""Small corpora and splits made on the spot, so that no test of the data needs a download."""
+"""Small corpora and configs made on the spot, so that no test of the data needs a download."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from data_pipeline.index import Index
-from data_pipeline.shards import ShardWriter
+from samples import make_text
 from sisa_dist.config import RunConfig, parse_config
-
-EOS = 2
-WORDS = [
-    "def",
-    "return",
-    "import",
-    "self",
-    "value",
-    "for",
-    "in",
-    "range",
-    "print",
-    "None",
-    "the",
-    "of",
-    "a",
-    "shard",
-    "token",
-    "window",
-    "lane",
-    "epoch",
-    "λ",
-    "naïve",
-    "東京",
-    "😀",
-]
-
-
-def make_text(seed: int, words: int = 120) -> str:
-    rng = random.Random(seed)
-    lines, left = [], words
-    while left > 0:
-        take = min(left, rng.randint(1, 9))
-        lines.append(
-            rng.choice(["", "    ", "\t", "        "]) + " ".join(rng.choices(WORDS, k=take)) + f" {rng.random()}"
-        )
-        left -= take
-    return f"# document {seed}\n" + rng.choice(["\n", "\n\n"]).join(lines)
 
 
 @pytest.fixture
@@ -84,32 +43,3 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return parse_config(tree, source="test")
 
     return make
-
-
-def write_split(
-    folder: Path,
-    documents: Sequence[Sequence[int]],
-    *,
-    member_tokens: int = 10,
-    shard_members: int = 3,
-    vocab: int = 97,
-) -> Index:
-    """A split of hand-made ids (3 … vocab-1; 2 is the eos)."""
-    writer = ShardWriter(
-        folder,
-        dtype=np.dtype("<u2"),
-        vocab_size=vocab,
-        eos_id=EOS,
-        tokenizer_sha256="0" * 64,
-        member_tokens=member_tokens,
-        shard_members=shard_members,
-    )
-    for document in documents:
-        writer.add(document)
-    writer.close()
-    return Index.load(folder)
-
-
-def random_documents(seed: int, number: int, *, longest: int = 30, vocab: int = 97) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, vocab, size=int(rng.integers(1, longest + 1))).tolist() for _ in range(number)]

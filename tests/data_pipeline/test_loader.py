@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, random_documents, write_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from data_pipeline.baseline import unigram_perplexity
 from data_pipeline.index import Index
 from data_pipeline.loader import IGNORE, Batch, Loader, StepBatch, validation_batches
 from data_pipeline.order import member_order
+from samples import EOS, random_documents, write_split
 from sisa_dist.config import UserError
 
 REPEAT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

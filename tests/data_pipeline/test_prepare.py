@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_text
 
 from data_pipeline.holdout import split_documents, split_value
 from data_pipeline.index import Index
@@ -24,6 +23,7 @@ from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.prepare import prepare
 from data_pipeline.sources import Document
 from data_pipeline.tokenizer import Tokenizer
+from samples import make_text
 from sisa_dist.config import RunConfig, UserError, dump_config
 from sisa_dist.training.run_data import open_data
 

@@ -11,9 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
-from conftest import EOS, random_documents, write_split
 
 from data_pipeline.index import Index
+from samples import EOS, random_documents, write_split
 from sisa_dist.config import UserError
 
 DOCUMENTS = random_documents(0, 25)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.tokenizer import Tokenizer, draw_sample, token_dtype, train_tokenizer
+from samples import make_text
 from sisa_dist.config import UserError
 
 TEXTS = [make_text(i) for i in range(60)]

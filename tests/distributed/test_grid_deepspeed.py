@@ -63,12 +63,9 @@ def test_the_subset_has_every_stage_layout_mixer_and_precision() -> None:
     assert {(c.zero_stage, c.precision) for c in FAST} == set(itertools.product(range(4), ("fp32", "bf16")))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
 def test_a_forgotten_tensor_model_parallel_flag_is_seen(stage: int, offload: bool) -> None:
     """Without it DeepSpeed counts a slice on the first tp rank alone: the norm and every clipped step are off."""
-    if stage == 0 and offload:
-        pytest.skip("stage 0 has nothing to offload")
     engine = (("kind", "deepspeed"), ("zero_stage", stage), ("cpu_offload", offload))
     case = Case("tp2", "sisa", 4, "uniform", "fp32", engine=engine)
     want = reference(case.reference())

@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import QUICKSTART
-
 from data_pipeline.prepare import prepare
-from runs import losses
+from runs import QUICKSTART, losses
 from sisa_dist.config import load_config
 from sisa_dist.training.trainer import train
 

@@ -55,14 +55,15 @@ def test_torchrun_with_a_rendezvous(hosts: tuple[Host, Host], clone: Path) -> No
     assert all(f"+ GLOO_SOCKET_IFNAME=v{host.namespace}" in said for host in hosts)
 
 
-@pytest.mark.parametrize("remote", ["ssh", "pdsh"])
-def test_deepspeed_with_a_hostfile(hosts: tuple[Host, Host], clone: Path, remote: str) -> None:
+@pytest.mark.parametrize(("remote", "engine"), [("ssh", "deepspeed"), ("pdsh", "fsdp2")])
+def test_deepspeed_with_a_hostfile(hosts: tuple[Host, Host], clone: Path, remote: str, engine: str) -> None:
     if shutil.which(remote) is None:
         pytest.skip(f"needs {remote}")
     (clone / "hosts").write_text("# two\nhosta slots=1\nhostb  slots=1\n", encoding="utf-8")
     run = f"by_{remote}"
     environment = {"HOSTFILE": "hosts", "REMOTE": remote}
-    codes, said = ended(hosts[0].start(*arguments(clone, run, NAME), cwd=clone, environment=environment))
+    more = [NAME, f"engine.kind={engine}", *(["engine.zero_stage=2"] if engine == "deepspeed" else [])]
+    codes, said = ended(hosts[0].start(*arguments(clone, run, *more), cwd=clone, environment=environment))
     assert codes == [0], said
     assert_like_one_process(clone, run)
     assert load_config(clone / run / "config.yaml").name == NAME.removeprefix("name=")

@@ -1,0 +1,86 @@
+"""Under bf16 both engines compute in the same dtypes: at block boundaries, in matmuls and norms, and in the score."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed.grid import Case, constants_with_noise, micro_batches
+from distributed.pool import run_job
+from sisa_dist.engine import build_engine
+from sisa_dist.parallel.mesh import init_mesh
+
+BASE = Case("dp2", "sisa", 2, "heterogeneous", "bf16", qk_norm=True)
+# Where numbers are made; casts, copies and collectives are the engines' own.
+OPS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.softplus", "aten.silu", "aten.rsqrt", "sisa_dist.bisected")
+
+
+class _Dtypes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).rpartition(".")[0]
+        if name in OPS:
+            dtypes = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
+            # ZeRO-3 has a linear function of its own, which adds a bias after the product.
+            self.seen.add(("aten.mm", *dtypes[1:]) if name == "aten.addmm" else (name, *dtypes))
+        return func(*args, **(kwargs or {}))
+
+
+def _dtypes(case: Case) -> dict[str, Any]:
+    """Of one forward: ops with the dtypes of their inputs, and of each small module the dtypes it sees."""
+    config = case.config()
+    mesh = init_mesh(config.parallel, device="cpu")
+    with constants_with_noise():
+        engine: Any = build_engine(config, mesh)
+    borders: dict[str, tuple[str, str]] = {}
+    parameters: dict[str, tuple[str, bool]] = {}
+
+    def hook(name: str) -> Any:
+        def see(module: Any, arguments: Any, output: Any) -> None:
+            first = next((a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
+            borders[name] = (str(getattr(first, "dtype", None)), str(getattr(output, "dtype", None)))
+            if getattr(module, "fp32_in_forward", False):
+                for leaf, value in module._parameters.items():
+                    exact = bool((value.bfloat16().float() != value.float()).any())
+                    parameters[f"{name}.{leaf}"] = (str(value.dtype), exact)
+
+        return see
+
+    for name, module in engine.model.named_modules():
+        if name and (name.count(".") == 1 or getattr(module, "fp32_in_forward", False)):
+            module.register_forward_hook(hook(name))
+    with _Dtypes() as dtypes:
+        engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
+    return {"ops": dtypes.seen, "borders": borders, "parameters": parameters}
+
+
+@pytest.fixture(scope="module")
+def under_fsdp2() -> dict[str, Any]:
+    return run_job(2, _dtypes, BASE)[0]
+
+
+def test_fsdp2_computes_in_bf16_and_keeps_the_small_things_exact(under_fsdp2: dict[str, Any]) -> None:
+    assert under_fsdp2["borders"]["blocks.0"] == ("torch.bfloat16", "torch.bfloat16")
+    assert {dtype for dtype, _ in under_fsdp2["parameters"].values()} == {"torch.float32"}
+    # Values that bf16 would have rounded arrived unrounded, so they were never cast on the way.
+    assert all(exact for name, (_, exact) in under_fsdp2["parameters"].items() if not name.endswith("decay.bias"))
+    kinds = {key[0]: set(key[1:]) for key in under_fsdp2["ops"] if key[0] == "aten.silu"}
+    assert kinds == {"aten.silu": {"torch.bfloat16"}}
+    assert {key for key in under_fsdp2["ops"] if key[0] == "aten.rsqrt"} == {("aten.rsqrt", "torch.float32")}
+    assert sum("bisected" in key[0] for key in under_fsdp2["ops"]) > 0
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_computes_in_the_same_dtypes(under_fsdp2: dict[str, Any], stage: int) -> None:
+    case = dataclasses.replace(BASE, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
+    found = run_job(2, _dtypes, case)[0]
+    assert found["borders"] == under_fsdp2["borders"]
+    assert found["parameters"] == under_fsdp2["parameters"]
+    assert found["ops"] == under_fsdp2["ops"]
