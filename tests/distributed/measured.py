@@ -3,6 +3,8 @@ that the CPU allocator gives and takes back, also inside kernels, which the esti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
 from sisa_dist.engine import Engine, build_engine
+from sisa_dist.engine.deepspeed import DeepSpeedEngine
 from sisa_dist.parallel.mesh import init_mesh
 
 
@@ -21,19 +24,43 @@ def held_bytes(config: RunConfig) -> dict[str, Any]:
     mesh = init_mesh(config.parallel, device="cpu")
     engine: Any = build_engine(config, mesh)
     found: dict[str, Any] = {"shard_rank": mesh.device_mesh.get_local_rank("dp_shard")}
-    step = engine.optimizer.step
+    kept = _in_zero(engine) if isinstance(engine, DeepSpeedEngine) and engine.stage else _in_parameters(engine)
+    found["weights"] = sum(map(_bytes, kept.weights()))
+    found["stored"] = sum(_local(x).untyped_storage().nbytes() for x in kept.weights())
 
-    def look(*arguments: Any) -> Any:
-        parameters = list(engine.model.parameters())
-        found["weights"] = sum(map(_bytes, parameters))
-        found["stored"] = sum(_local(p).untyped_storage().nbytes() for p in parameters)
-        found["gradients"] = sum(_bytes(p.grad) for p in parameters)
-        return step(*arguments)
+    def look(*_: Any) -> None:  # ZeRO hands AdamW one group after the other
+        found["gradients"] = found.get("gradients", 0) + sum(map(_bytes, kept.gradients()))
 
-    engine.optimizer.step = look
+    kept.adamw.register_step_pre_hook(look)
     engine.train_step(batches(config, engine), 1e-3)
-    found["moments"] = sum(_bytes(x) for state in engine.optimizer.state.values() for x in state.values())
+    found["moments"] = sum(_bytes(x) for state in kept.adamw.state.values() for x in state.values())
     return found
+
+
+@dataclass
+class _Kept:
+    adamw: torch.optim.Optimizer
+    weights: Callable[[], list[Tensor]]
+    masters: Callable[[], list[Tensor]]
+
+    def gradients(self) -> list[Tensor]:
+        return [x.grad for x in self.masters() if x.grad is not None]
+
+
+def _in_parameters(engine: Any) -> _Kept:
+    parameters = list(engine.model.parameters())
+    adamw = engine.zero.optimizer if isinstance(engine, DeepSpeedEngine) else engine.optimizer
+    return _Kept(adamw, lambda: parameters, lambda: parameters)
+
+
+def _in_zero(engine: Any) -> _Kept:
+    zero = engine.zero.optimizer
+    if engine.stage == 3:
+        # Small parameters stand whole as well; the threshold's doing, and no state.
+        flat = zero.fp32_partitioned_groups_flat
+        return _Kept(zero.optimizer, lambda: flat, lambda: flat)
+    masters = zero.single_partition_of_fp32_groups
+    return _Kept(zero.optimizer, lambda: [*zero.bit16_groups_flat, *masters], lambda: masters)
 
 
 def peak_rise(config: RunConfig) -> int:
