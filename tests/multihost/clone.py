@@ -13,7 +13,6 @@ from sisa_dist.config import load_config
 from sisa_dist.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 # The quickstart's model with a small vocabulary, for a few small steps.
 FEW_STEPS = [
     "model.vocab_size=512",
