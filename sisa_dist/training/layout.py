@@ -16,7 +16,7 @@ from rich.table import Table
 
 import data_pipeline
 import sisa_dist
-from sisa_dist.config import ParallelConfig, RunConfig, dump_config
+from sisa_dist.config import EngineConfig, ParallelConfig, RunConfig, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
 from sisa_dist.parallel.apply import Slice
@@ -47,7 +47,7 @@ def diagnose_layout(config: RunConfig) -> bool:
     places: list[list[int]] = [[] for _ in everyone]
     dist.all_gather_object(places, [mesh.device_mesh.get_local_rank(axis) for axis in AXES])
     console.print(_mesh_table(everyone, places))
-    console.print(_slice_table(engine.slices, mesh))
+    console.print(_slice_table(engine.slices, mesh, config.engine))
     console.print(_backend_table(config, mesh))
     console.print(table)
     return not any(unequal.values())
@@ -83,13 +83,14 @@ def _mesh_table(everyone: list[dict[str, Any]], places: list[list[int]]) -> Tabl
     return table
 
 
-def _slice_table(slices: Mapping[str, Slice], mesh: Mesh) -> Table:
+def _slice_table(slices: Mapping[str, Slice], mesh: Mesh, engine: EngineConfig) -> Table:
     """One line for what is alike in all blocks."""
     table = Table(title_justify="left")
     table.add_column("parameter", no_wrap=True, overflow="fold")
     for column in ("shape", "held by each tp rank", "gradient"):
         table.add_column(column)
-    table.title = f"slices: tp {mesh.tp_size}, then FSDP cuts dim 0 of a slice by {mesh.size('dp_shard')}"
+    then = "FSDP cuts dim 0 of a slice" if engine.kind == "fsdp2" else f"ZeRO-{engine.zero_stage} partitions slices"
+    table.title = f"slices: tp {mesh.tp_size}, then {then} over {mesh.size('dp_shard')} data rank(s)"
     kinds: dict[tuple[str, Slice], list[str]] = {}
     for name, part in slices.items():
         kinds.setdefault((re.sub(r"^blocks\.\d+", "blocks.*", name), part), []).append(name)
