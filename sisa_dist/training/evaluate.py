@@ -6,6 +6,7 @@ The model and its tokenizer are the checkpoint's. Prepared data is needed for pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def evaluate_checkpoint(
     asked = config.evaluation
     if isinstance(held_out, str) and asked.lambada is None and not asked.niah:
         raise UserError(f"nothing to evaluate: {held_out}, and neither evaluation.lambada nor evaluation.niah is set")
-    mesh = init_mesh(config.parallel, device=config.device)
+    timeout = timedelta(minutes=config.training.timeout_minutes)
+    mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
     engine = build_engine(config, mesh)
     results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": load_checkpoint(checkpoint, engine).step}
     quiet = quiet or not mesh.is_main

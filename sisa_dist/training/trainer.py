@@ -100,13 +100,9 @@ def _loop(
     stop: StopRequest,
 ) -> None:
     training = config.training
-    if (
-        state.evaluation_due
-        and data.validation
-        and not _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
-    ):
+    held_out, save_due = data.validation, False
+    if held_out and state.evaluation_due and not _evaluate(config, mesh, held_out, engine, state, reporter, stop):
         raise _requeue(state, stop, reporter)
-    save_due = False
     with loader.steps(state.cursor) as batches, Profiler(training.profile, run_folder, mesh) as profiler:
         for step in range(state.step, training.steps):
             lr = learning_rate(step, peak=config.optimizer.lr, steps=training.steps, schedule=config.schedule)
@@ -124,8 +120,8 @@ def _loop(
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop
-            if data.validation and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
-                done = _evaluate(config, mesh, data.validation, engine, state, reporter, stop)
+            if held_out and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
+                done = _evaluate(config, mesh, held_out, engine, state, reporter, stop)
                 stopping, state = stopping or not done, replace(state, evaluation_due=not done)
             # While steps are skipped the weights may be ruined already: they must not push out good checkpoints.
             save_due |= training.checkpoint_every is not None and (step + 1) % training.checkpoint_every == 0

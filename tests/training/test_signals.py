@@ -65,13 +65,13 @@ def test_a_request_at_a_random_moment_saves_and_asks_to_be_requeued(
     tiny: RunConfig, tmp_path: Path, world_size: int, trials: int
 ) -> None:
     """`trials` of `trials`: every rank ends with the code, the checkpoint is of the last step, nothing is lost."""
-    settings = {"steps": 25 * trials, "micro_batch_size": 1, "eval_every": 5, "checkpoint_every": 7}
+    settings = {"steps": 16 * trials, "micro_batch_size": 1, "eval_every": 5, "checkpoint_every": 7}
     straight, broken = changed(tiny, tmp_path / "a", **settings), changed(tiny, tmp_path / "b", **settings)
     run_ranks(_train, world_size, tmp_path / "ranks", straight)
     rng = random.Random(trials + world_size)
     metrics, stopped = tmp_path / "b" / "metrics.jsonl", 0
     while stopped < trials:
-        before = _lines(metrics) + rng.randrange(8)
+        before = _lines(metrics) + rng.randrange(4)
         folder = tmp_path / f"trial{stopped}"
         ranks = start_ranks(_train, world_size, folder, broken)
         wait_for(lambda before=before: _lines(metrics) > before)
@@ -83,7 +83,7 @@ def test_a_request_at_a_random_moment_saves_and_asks_to_be_requeued(
         stopped += 1
         assert read_state(list_checkpoints(tmp_path / "b")[-1]).step == losses(tmp_path / "b")[-1][0]
         assert list((tmp_path / "b" / "heartbeats").iterdir()) == []
-    assert losses(tmp_path / "b")[-1][0] < 25 * trials, "the last signal came while it trained"
+    assert losses(tmp_path / "b")[-1][0] < 16 * trials, "the last signal came while it trained"
     run_ranks(_train, world_size, tmp_path / "rest", broken)
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
