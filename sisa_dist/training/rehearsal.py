@@ -19,11 +19,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
@@ -62,7 +60,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
     micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played.
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`.
     """
-    with FakeTensorMode(), _CpuFlash():
+    with FakeTensorMode():
         model, optimizer, slices = _build(config, mesh)
         meter = MemoryMeter()
         training = config.training
@@ -145,16 +143,3 @@ def _name_moments(model: LM, meter: MemoryMeter) -> list[str]:
         block.register_forward_hook(after(f"layer {number}"))
     model.head.register_forward_pre_hook(lambda module, arguments: begin("loss"), prepend=True)
     return prefix
-
-
-class _CpuFlash(TorchFunctionMode):
-    """Fake tensors take SDPA's unfused path, with T² of memory; real ones on the CPU its flash kernel."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, mask = args[0], kwargs["attn_mask"]
-        mask = mask.to(q.dtype) if mask is not None else None
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(*args, 0.0, kwargs["is_causal"], attn_mask=mask, scale=kwargs["scale"])[0]
