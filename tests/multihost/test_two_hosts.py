@@ -96,7 +96,7 @@ def test_the_end_of_launch_sh_ends_both_hosts(hosts: tuple[Host, Host], clone: P
 
 def assert_nothing_runs(hosts: tuple[Host, Host]) -> None:
     """Only each host's sshd does, after a while: a watch looks once a second, and launchers wait for what they end."""
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 70
     while (left := [len(host.processes()) for host in hosts]) != [1, 1] and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == [1, 1]
