@@ -86,7 +86,8 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
     "attention_long_checkpointed": (1, [*ATTENTION, *CHECKPOINTED, "training.seq_len=1024"]),
     "sisa_bf16": (1, ["engine.precision=bf16"]),
     "sisa_gqa_documents": (1, ["model.n_kv_heads=2", "data.document_mask=true"]),
-    "sisa_tp2_sp_bf16": (2, ["parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=bf16"]),
+    # Not with sequence parallelism: its many gathers end on gloo's threads, whose frees the profiler misses.
+    "sisa_tp2_bf16": (2, ["parallel.tp=2", "engine.precision=bf16"]),
     "attention_tp2": (2, [*ATTENTION, "parallel.tp=2", "training.micro_batch_size=4"]),
     "sisa_dp2": (2, ["training.micro_batch_size=1"]),
     "attention_dp2_bf16_kept": (2, [*ATTENTION, "engine.precision=bf16", "engine.reshard_after_forward=false"]),
