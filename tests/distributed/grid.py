@@ -83,7 +83,7 @@ class Case:
                 "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}
                 | dict(self.engine),
                 # eps well above rounding noise: Adam turns noise in a vanishing gradient into a whole step of lr.
-                "optimizer": {"lr": LR, "eps": 1e-6, "grad_clip": 0.5},
+                "optimizer": {"lr": LR, "eps": 1e-5, "grad_clip": 0.5},
                 "schedule": {"warmup_steps": 0},
                 "training": {"steps": STEPS, "seq_len": TOKENS, "global_batch_tokens": WINDOWS * TOKENS},
             },
