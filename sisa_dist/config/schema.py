@@ -177,9 +177,14 @@ class EngineConfig(Section):
         if self.kind != "deepspeed" and (self.deepspeed_config or self.zero_stage != 3):
             raise ValueError("engine.zero_stage and deepspeed_config need engine.kind deepspeed: set it or remove them")
         if self.kind == "deepspeed":
-            for key, neutral in (("prefetch", 0), ("reshard_after_forward", True), ("overlap", None)):
+            for key, neutral in (
+                ("prefetch", 0),
+                ("reshard_after_forward", True),
+                ("overlap", None),
+                ("compile", False),
+            ):
                 if getattr(self, key) != neutral:
-                    raise ValueError(f"engine.{key} has no effect under engine.kind deepspeed: remove it")
+                    raise ValueError(f"engine.{key} is for engine.kind fsdp2, not deepspeed: remove it")
             if self.zero_stage == 0 and self.cpu_offload:
                 raise ValueError(
                     "engine.zero_stage 0 has nothing to offload: set it to 1, 2 or 3, or remove cpu_offload"

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sisa_dist.model import LM
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
 
@@ -22,17 +21,22 @@ EVERYWHERE = ("tp", "dp_shard", "dp_replicate")
 
 
 def check_step(
-    model: LM, gradients: Mapping[str, Tensor | None], slices: Mapping[str, Slice], mesh: Mesh, *, step: int
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+    slices: Mapping[str, Slice],
+    mesh: Mesh,
+    *,
+    tied: bool,
+    step: int,
 ) -> None:
     """Between backward and clipping. Collective. Raises RuntimeError on every rank, naming the first parameter."""
-    if model.config.tie_embeddings and any(name.startswith("head.") for name, _ in model.named_parameters()):
+    if tied and "head.weight" in weights:
         raise RuntimeError(f"step {step}: embeddings are tied but the head has a weight of its own")
-    weights, grads = {}, {}
-    for name, parameter in model.named_parameters():
-        grad = gradients[name]
+    grads: dict[str, Tensor] = {}
+    for name, grad in gradients.items():
         if grad is None:
             raise RuntimeError(f"step {step}: {name} has no gradient: it is not part of the loss")
-        weights[name], grads[name] = _local(getattr(parameter, "ds_tensor", parameter)), _local(grad)
+        grads[name] = _local(grad)
     broken = torch.stack([(~grad.isfinite()).any().to(mesh.device) for grad in grads.values()])
     if names := _anywhere(broken, list(grads), mesh):
         raise RuntimeError(f"step {step}: a gradient of {_listed(names)} is not finite")

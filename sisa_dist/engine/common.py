@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,22 @@ def pad_sequence(
     if doc_ids_BT is not None:
         doc_ids_BT = torch.cat((doc_ids_BT, doc_ids_BT[:, -1:].expand(-1, padding)), 1)
     return F.pad(tokens_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE), doc_ids_BT
+
+
+def score_batch(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    tokens_BT: Tensor,
+    labels_BT: Tensor,
+    doc_ids_BT: Tensor | None,
+    mesh: Mesh,
+) -> tuple[Tensor, Tensor]:
+    """`Engine.score` by `forward`, an engine's call of the model: padded, moved, without gradients, on the CPU."""
+    length = tokens_BT.shape[1]
+    tokens_BT, labels_BT, doc_ids_BT = pad_sequence(tokens_BT, labels_BT, doc_ids_BT, mesh)
+    inputs = move(tokens_BT, mesh), move(labels_BT, mesh)
+    with torch.no_grad():
+        log_prob_BT, is_argmax_BT = forward(*inputs, doc_ids_BT=move(doc_ids_BT, mesh), per_token=True)
+    return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
 
 
 def layer_statistics(model: LM, mesh: Mesh) -> dict[str, list[float | None]]:

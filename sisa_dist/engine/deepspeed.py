@@ -25,7 +25,7 @@ from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence, read_result
+from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
@@ -59,8 +59,6 @@ class DeepSpeedEngine:
         self.slices = apply_plan(model, mesh, overlap=False)
         for block in model.blocks:
             block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
-            if config.engine.compile:
-                block.compile()
         if config.engine.precision == "bf16":
             compute_in(model, torch.bfloat16)
         try:
@@ -104,7 +102,9 @@ class DeepSpeedEngine:
         self.step_number += 1
         if self.check_every and self.step_number % self.check_every == 0:
             enter("sanity checks")
-            check_step(self.model, self._gradients(), self.slices, self.mesh, step=self.step_number)
+            weights, gradients = self._weights(), self._gradients()
+            tied = self.model.config.tie_embeddings
+            check_step(weights, gradients, self.slices, self.mesh, tied=tied, step=self.step_number)
         enter("loss")
         loss_mean = self.mesh.sum_over_dp(loss_sum) / count
         for group in self.zero.optimizer.param_groups:
@@ -138,18 +138,10 @@ class DeepSpeedEngine:
         skip_if(adamw, judgement.verdict.skip)
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        length = tokens_BT.shape[1]
-        tokens_BT, labels_BT, doc_ids_BT = pad_sequence(tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         self.zero.eval()
-        with torch.no_grad():
-            log_prob_BT, is_argmax_BT = self.zero(
-                move(tokens_BT, self.mesh),
-                move(labels_BT, self.mesh),
-                doc_ids_BT=move(doc_ids_BT, self.mesh),
-                per_token=True,
-            )
+        scores = score_batch(self.zero, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         self.zero.train()
-        return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
+        return scores
 
     def sum_over_dp(self, values: list[float]) -> list[float]:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
@@ -167,10 +159,11 @@ class DeepSpeedEngine:
         zero_state.set_step(self.zero, self.stage, step)
 
     def unequal_replicas(self) -> dict[str, list[str]]:
-        # ZeRO-3 leaves a flat partition of each; alike over tp all the same, where the whole would be.
-        return unequal_replicas(
-            {name: getattr(p, "ds_tensor", p) for name, p in self.model.named_parameters()}, self.slices, self.mesh
-        )
+        return unequal_replicas(self._weights(), self.slices, self.mesh)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What forward uses. Under ZeRO-3 this rank's flat partitions; alike over tp where the whole would be."""
+        return {name: zero_state.held(p) if self.stage == 3 else p for name, p in self.model.named_parameters()}
 
     def _gradients(self) -> dict[str, Tensor]:
         """Whole over data ranks, this rank's tp slice; between backward and step. For checks: it gathers."""

@@ -53,7 +53,8 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, cuda: bool) -> dict[str
             zero["offload_param"] = place
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_windows // (training.micro_batch_size * dp_size),
+        # At least 1: an evaluation may be on more ranks than the batch has windows; training's loader refuses that.
+        "gradient_accumulation_steps": max(1, training.global_batch_windows // (training.micro_batch_size * dp_size)),
         "gradient_clipping": config.optimizer.grad_clip or 0.0,
         "zero_optimization": zero,
         # The optimizer is torch's AdamW, the same under both engines.

@@ -17,7 +17,7 @@ from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, pad_sequence, read_result
+from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -73,8 +73,10 @@ class FSDP2Engine:
         self.step_number += 1
         if self.check_every and self.step_number % self.check_every == 0:
             enter("sanity checks")
-            gradients = {name: p.grad for name, p in self.model.named_parameters()}
-            check_step(self.model, gradients, self.slices, self.mesh, step=self.step_number)
+            weights = dict(self.model.named_parameters())
+            gradients = {name: p.grad for name, p in weights.items()}
+            tied = self.model.config.tie_embeddings
+            check_step(weights, gradients, self.slices, self.mesh, tied=tied, step=self.step_number)
         enter("gradient norm")
         grad_norm = self._clip()
         loss_mean = self.mesh.sum_over_dp(loss_sum) / count
@@ -90,20 +92,12 @@ class FSDP2Engine:
         return read_result(loss_mean, grad_norm, count, verdict)
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        length = tokens_BT.shape[1]
-        tokens_BT, labels_BT, doc_ids_BT = pad_sequence(tokens_BT, labels_BT, doc_ids_BT, self.mesh)
-        with torch.no_grad():
-            log_prob_BT, is_argmax_BT = self.model(
-                move(tokens_BT, self.mesh),
-                move(labels_BT, self.mesh),
-                doc_ids_BT=move(doc_ids_BT, self.mesh),
-                per_token=True,
-            )
+        scores = score_batch(self.model, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         # What a forward leaves gathered waits for a backward; here none comes, and state_tensors needs the shards.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return log_prob_BT[:, :length].cpu(), is_argmax_BT[:, :length].cpu()
+        return scores
 
     def sum_over_dp(self, values: list[float]) -> list[float]:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()

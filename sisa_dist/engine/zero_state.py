@@ -69,6 +69,13 @@ def set_step(zero: Any, stage: int, step: int) -> None:
             kept[0].all_gather(kept)
 
 
+def held(parameter: Any) -> Tensor:
+    """This rank's flat partition of a ZeRO-3 parameter, without the padding behind the last, which nobody sets."""
+    partition = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * partition.numel()
+    return partition.flatten()[: max(0, parameter.ds_numel - start)]
+
+
 def _partition_12(optimizer: Any, parameter: Any) -> tuple[Tensor, int, int, int]:
     """(flat fp32 partition, position in it, position in the flattened slice, elements) of this rank's part."""
     mapping = parameter._hp_mapping

@@ -11,6 +11,7 @@ FLOORS = {
     "test_a_mistake_turns_the_grid_red": 25,
     "test_full_product_equals_one_process": 216,
     "test_zero_equals_one_process": 24,
+    "test_zero_full_product_equals_one_process": 48,
 }
 
 

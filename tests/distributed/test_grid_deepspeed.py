@@ -84,6 +84,12 @@ def test_the_mutation_list_has_it() -> None:
     assert "tensor_model_parallel forgotten" in MUTATIONS
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sanity_checks_pass_and_change_nothing(stage: int) -> None:
+    engine = (("kind", "deepspeed"), ("zero_stage", stage), ("check_every", 1))
+    check(Case("tp2_dp2_sp", "sisa", 1, "uniform", "fp32", engine=engine))
+
+
 def test_hpz_equals_one_process() -> None:
     """ZeRO++'s second partition within a host. Its quantised forms need DeepSpeed's CUDA kernels."""
     own = {"zero_optimization": {"zero_hpz_partition_size": 2}}

@@ -84,8 +84,9 @@ def test_what_would_contradict_the_run_is_refused_by_name(own: dict[str, Any], m
     [
         ({"kind": "fsdp2", "zero_stage": 2}, "need engine.kind deepspeed"),
         ({"kind": "fsdp2", "deepspeed_config": {"a": 1}}, "need engine.kind deepspeed"),
-        ({"prefetch": 2}, "engine.prefetch has no effect under engine.kind deepspeed"),
-        ({"reshard_after_forward": False}, "engine.reshard_after_forward has no effect"),
+        ({"prefetch": 2}, "engine.prefetch is for engine.kind fsdp2"),
+        ({"reshard_after_forward": False}, "engine.reshard_after_forward is for engine.kind fsdp2"),
+        ({"compile": True}, "engine.compile is for engine.kind fsdp2"),
         ({"zero_stage": 0, "cpu_offload": True}, "zero_stage 0 has nothing to offload: set it to 1, 2 or 3"),
     ],
 )
