@@ -19,8 +19,10 @@ LAYERS = [
     ["sisa_dist.model"],
     ["sisa_dist.parallel"],
     ["sisa_dist.engine"],
+    ["sisa_dist.checkpoint"],
     ["sisa_dist.evaluation"],
     ["sisa_dist.training"],
+    ["sisa_dist.convert"],
     ["sisa_dist", "sisa_dist.cli"],
 ]
 

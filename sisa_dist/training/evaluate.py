@@ -13,12 +13,12 @@ from typing import Any
 from data_pipeline.baseline import unigram_perplexity
 from data_pipeline.index import Index
 from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint import find_checkpoint, load_checkpoint, run_folder_of
 from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
 from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.parallel.plan import check_tp
-from sisa_dist.training.checkpoint import find_checkpoint, load_checkpoint, run_folder_of
 from sisa_dist.training.run_data import held_out_batches
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint import load_model
 from sisa_dist.config import UserError
 from sisa_dist.model import generate
-from sisa_dist.training.checkpoint import load_model
 
 
 def stream_text(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from sisa_dist.checkpoint import TrainState
 from sisa_dist.config import RunConfig
 from sisa_dist.engine import StepResult
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
-from sisa_dist.training.checkpoint import TrainState
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 

@@ -12,12 +12,12 @@ import torch
 
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, Loader
+from sisa_dist.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
-from sisa_dist.training.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from sisa_dist.training.profile import Profiler
 from sisa_dist.training.reporter import Reporter
 from sisa_dist.training.run_data import RunData, held_out_batches, open_data

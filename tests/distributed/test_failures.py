@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from distributed.launched import exit_codes, said, start_ranks, wait_for
 from distributed.ranks import run_ranks
+from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
 from sisa_dist.engine import build_engine, build_log
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.parallel.mesh import init_mesh
-from sisa_dist.training.checkpoint import list_checkpoints
 from sisa_dist.training.heartbeat import Beat, blame, read_beats
 from sisa_dist.training.trainer import train
 

@@ -12,11 +12,11 @@ import torch
 
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
+from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training import trainer
-from sisa_dist.training.checkpoint import list_checkpoints
 from sisa_dist.training.trainer import train
 
 

@@ -11,8 +11,8 @@ import pytest
 from distributed.ranks import run_ranks
 from distributed.test_fsdp import _train, _with
 from runs import assert_same_tensors, losses, tensors
+from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import RunConfig
-from sisa_dist.training.checkpoint import list_checkpoints
 from sisa_dist.training.trainer import train
 
 TP2 = {"tp": 2, "sequence_parallel": True}

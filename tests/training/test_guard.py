@@ -15,12 +15,12 @@ from training.test_golden import CONFIG
 from data_pipeline.loader import Batch
 from distributed.pool import run_job
 from runs import assert_same_tensors, losses
+from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, UserError, parse_config
 from sisa_dist.engine import build_engine, guard
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.parallel.mesh import Mesh, init_mesh
-from sisa_dist.training.checkpoint import list_checkpoints, read_state
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.trainer import train
 

@@ -16,9 +16,9 @@ import pytest
 from distributed.launched import exit_codes, said, start_ranks, wait_for
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses
+from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, dump_config
 from sisa_dist.engine.fsdp import FSDP2Engine
-from sisa_dist.training.checkpoint import list_checkpoints, read_state
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.signals import REQUEUE, Requeue, StopRequest
 from sisa_dist.training.trainer import train

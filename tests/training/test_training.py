@@ -17,10 +17,10 @@ import torch
 import sisa_dist
 from data_pipeline.loader import Batch
 from runs import assert_same_tensors, losses
+from sisa_dist.checkpoint import list_checkpoints, load_checkpoint, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.parallel.mesh import init_mesh
-from sisa_dist.training.checkpoint import list_checkpoints, load_checkpoint, read_state
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.trainer import train
 

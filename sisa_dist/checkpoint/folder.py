@@ -1,0 +1,44 @@
+"""The checkpoints of a run folder: their names, which are whole, and which is the newest. Opens no tensor."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sisa_dist.config import UserError
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    folder = run_folder / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest one of the run folder `path`."""
+    path = Path(path)
+    if (path / "state.json").is_file():
+        return path
+    found = list_checkpoints(path)
+    if not found:
+        raise UserError(f"{path}: no checkpoint here; give a run folder or one of its checkpoints/step_… folders")
+    return found[-1]
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder a checkpoint lies in."""
+    if checkpoint.parent.name != "checkpoints":  # named from inside: ".", or "step_00000300" alone
+        checkpoint = checkpoint.resolve()
+    return checkpoint.parent.parent
