@@ -15,8 +15,7 @@ from sisa_dist.config import UserError
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import TOKENIZER, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import TensorSource
-from sisa_dist.convert.safetensors_io import num_bytes
-from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, origins
+from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, num_bytes, origins
 from sisa_dist.convert.verify import Verify, verify
 
 Tell = Callable[[str, str, int], None]  # (phase: "write" or "read back", tensor, bytes)
@@ -98,9 +97,12 @@ def convert(
     free = shutil.disk_usage(parent).free
     if free < plan.bytes:
         raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")
-    staging = parent / f".{destination.name}.tmp"
+    folder = parent / f".{destination.name}.tmp"
+    staging = folder / destination.name
     try:
-        _remove(staging)  # what a kill left behind
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left behind
+        folder.mkdir()
+        plan.before.check(plan.intended.has_moments)
         noted = Noted(plan.made, seen=lambda name, size: tell("write", name, size))
         module.write(staging, plan.intended, noted, plan.target)
         found = Noted(module.stored(staging), seen=lambda name, size: tell("read back", name, size))
@@ -113,7 +115,7 @@ def convert(
     except OSError as error:
         raise UserError(f"{destination}: cannot be written ({error.strerror}): make room or mend the folder") from error
     finally:
-        _remove(staging)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | None:
@@ -123,13 +125,6 @@ def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | No
     if plan.before.model_type is not None and plan.before.model == after.model:
         return plan.before, plan.before.path
     return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The framework's own checkpoints as a TensorSource, and written from one: a tensor at a time, whatever the model's size.
+"""The framework's own checkpoints as a TensorSource, and written from one, a tensor at a time.
 
 Tensors are written in parts of at most 64 MiB, so that a rank of a large cluster later reads only what it needs.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from sisa_dist.checkpoint import find_checkpoint
+from sisa_dist.checkpoint import find_checkpoint, verify, write_checkpoint
+from sisa_dist.checkpoint.storage import SafeReader
 from sisa_dist.config import UserError, dump_config, load_config
 from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
@@ -45,7 +45,15 @@ def open_checkpoint(path: Path) -> Opened:
         files = {name: (folder / name).read_bytes() for name in (STATE, TOKENIZER, DATA) if (folder / name).exists()}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: use another checkpoint") from None
-    return Opened(folder, "native", config.model, NativeSource(folder), config=config, files=files)
+    return Opened(
+        folder,
+        "native",
+        config.model,
+        NativeSource(folder),
+        config=config,
+        files=files,
+        check=lambda moments: verify(folder, weights_only=not moments),
+    )
 
 
 class NativeSource:
@@ -57,8 +65,7 @@ class NativeSource:
         entries = self._reader.read_metadata().state_dict_metadata
         self.specs: dict[str, Tensor] = {}
         for name, entry in entries.items():
-            if not isinstance(entry, TensorStorageMetadata):  # DCP would unpickle it
-                raise UserError(f"{folder}: {name} is not a tensor: use another checkpoint")
+            assert isinstance(entry, TensorStorageMetadata)  # SafeReader refuses all else
             self.specs[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
@@ -70,21 +77,20 @@ class NativeSource:
                 dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
         except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise UserError(f"{self.folder}: {name} cannot be read ({reason.strip()}): use another checkpoint") from None
+            raise UserError(
+                f"{self.folder}: {name} cannot be read ({reason.strip()}): use another checkpoint"
+            ) from None
         return tensor
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(SafeReader):
     """Reads the table of contents once: dcp.load asks for it at every tensor."""
 
     _found: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._found is None:
-            try:
-                self._found = super().read_metadata(*args, **kwargs)
-            except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}: use another checkpoint") from None
+            self._found = super().read_metadata(*args, **kwargs)
         return self._found
 
 
@@ -101,20 +107,7 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
     files = {name: opened.files[name] for name in (TOKENIZER, DATA) if name in opened.files}
     files[CONFIG] = dump_config(opened.run_config()).encode()
     files[STATE] = json.dumps(opened.state(), indent=1).encode()
-    _save(folder, lazy(source), files)
-
-
-def _save(folder: Path, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
-            writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-    except dcp.api.CheckpointException as error:
-        first, _ = next(iter(error.failures.values()))
-        raise first from None
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    write_checkpoint(folder, lazy(source), files=files, no_dist=True)
 
 
 def lazy(source: TensorSource) -> dict[str, Tensor]:
@@ -143,13 +136,13 @@ class LazyTensor(torch.Tensor):
     """
 
     spec: Tensor
-    name: str
+    key: str
     reader: _OneAtATime
 
     @staticmethod
     def of(spec: Tensor, name: str, reader: _OneAtATime) -> LazyTensor:
         made = torch.Tensor._make_subclass(LazyTensor, torch.empty(0, dtype=spec.dtype))
-        made.spec, made.name, made.reader = spec, name, reader
+        made.spec, made.key, made.reader = spec, name, reader
         return made
 
     def size(self, dim: int | None = None) -> Any:
@@ -181,7 +174,7 @@ class LazyTensor(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        tensor = self.reader.read(self.name)
+        tensor = self.reader.read(self.key)
         if not index.offset:
             return tensor
         (chunk,) = (chunk for chunk in self.__create_chunk_list__() if chunk.offsets == index.offset)

@@ -1,8 +1,9 @@
-"""A checkpoint of any format, as the framework sees it: its model, its tensors under our names, what lies beside them."""
+"""A checkpoint of any format, as the framework sees it: its model, tensors under our names, what lies beside them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class Opened:
     files: dict[str, bytes] = field(default_factory=dict)  # state.json, tokenizer.model, data.json: what there is
     model_type: str | None = None  # of a foreign architecture, by its Hugging Face name
     foreign: TensorSource | None = None  # its tensors under its own names
+    check: Callable[[bool], None] = lambda moments: (
+        None
+    )  # reads its files, or those that weights alone need, for damage
 
     def __post_init__(self) -> None:
         """Raises UserError naming the first tensor that is missing, left over or of another shape."""

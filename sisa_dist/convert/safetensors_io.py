@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sisa_dist.config import UserError
 from sisa_dist.convert.recipe import TensorSource
+from sisa_dist.convert.tensors import num_bytes, raw_bytes
 
 _DTYPES = {
     "F64": torch.float64,
@@ -74,7 +75,7 @@ class SafetensorsFile:
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if not tensor.numel():
             return tensor
-        memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        memory = raw_bytes(tensor)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + self._spans[name][0])
@@ -104,7 +105,7 @@ class SafetensorsFiles:
 
     @classmethod
     def of_folder(cls, folder: Path) -> SafetensorsFiles:
-        """By `model.safetensors.index.json`, else `model.safetensors`. Raises UserError where index and files differ."""
+        """By the index, else `model.safetensors`. Raises UserError where index and files differ."""
         index = folder / INDEX
         if not index.is_file():
             return cls([folder / "model.safetensors"])
@@ -157,14 +158,14 @@ def write_safetensors(
             tensor = source.read(name)
             assert tensor.is_contiguous() and num_bytes(tensor) == num_bytes(source.specs[name]), name
             if tensor.numel():
-                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                file.write(raw_bytes(tensor))
             del tensor
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_shards(folder: Path, source: TensorSource, *, most: int) -> None:
-    """Writes `source` into `folder` as transformers does: files of at most `most` bytes (or one tensor) and an index."""
+    """Writes `source` as transformers does: files of at most `most` bytes (or one tensor) and an index."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, spec in source.specs.items():
@@ -186,10 +187,6 @@ def write_shards(folder: Path, source: TensorSource, *, most: int) -> None:
     total = sum(num_bytes(spec) for spec in source.specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": placed}
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def num_bytes(spec: Tensor) -> int:
-    return spec.numel() * spec.element_size()
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
@@ -220,7 +217,7 @@ def _extent(entry: Any) -> tuple[int, int]:
 def _spec(path: Path, name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
     try:
         dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], entry["data_offsets"]
-        sound = all(n >= 0 for n in shape) and 0 <= start and stop - start == math.prod(shape) * dtype.itemsize
+        sound = all(n >= 0 for n in shape) and start >= 0 and stop - start == math.prod(shape) * dtype.itemsize
     except KeyError as error:
         raise _broken(path, f"{name} has no {error}, or of a kind not known here") from None
     except (TypeError, ValueError) as error:

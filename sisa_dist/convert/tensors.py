@@ -63,7 +63,7 @@ class Noted:
     def read(self, name: str) -> Tensor:
         tensor = self.source.read(name)
         self.hashes[name] = fingerprint(tensor)
-        self._seen(name, tensor.numel() * tensor.element_size())
+        self._seen(name, num_bytes(tensor))
         return tensor
 
 
@@ -71,8 +71,17 @@ def fingerprint(tensor: Tensor) -> str:
     """Of shape, dtype and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.numel():
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of at least one element."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
+
+
+def num_bytes(spec: Tensor) -> int:
+    return spec.numel() * spec.element_size()
 
 
 def check_written(meant: Mapping[str, str], found: TensorSource, *, what: str) -> None:
@@ -83,7 +92,9 @@ def check_written(meant: Mapping[str, str], found: TensorSource, *, what: str) -
         raise UserError(f"{what}: {added[0]} was not written and is there: this program is at fault")
     for name, wanted in meant.items():
         if fingerprint(found.read(name)) != wanted:
-            raise UserError(f"{what}: {name} reads back other than it was written: the disk or this program is at fault")
+            raise UserError(
+                f"{what}: {name} reads back other than it was written: the disk or this program is at fault"
+            )
 
 
 def weights_of(source: TensorSource) -> Selected:

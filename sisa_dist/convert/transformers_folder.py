@@ -1,4 +1,4 @@
-"""A Hugging Face folder: `config.json`, safetensors shards with their index, and what the architecture puts beside them.
+"""A Hugging Face folder: `config.json`, safetensors shards with their index, and the architecture's own files.
 
 Which tensor becomes which is the architecture's own table (`formats.ARCHITECTURES`). Pickled weights are not read.
 """
@@ -34,8 +34,8 @@ def open_checkpoint(path: Path) -> Opened:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     foreign = stored(path)
-    dropped = getattr(module, "dropped", lambda names: frozenset())(foreign.specs)
-    source = Converted(foreign, to_ours(module.imports(model)), dropped=frozenset(dropped))
+    dropped: frozenset[str] = getattr(module, "dropped", lambda names: frozenset())(foreign.specs)
+    source = Converted(foreign, to_ours(module.imports(model)), dropped=dropped)
     tokenizer = path / TOKENIZER
     files = {TOKENIZER: tokenizer.read_bytes()} if tokenizer.is_file() else {}
     return Opened(path, "hf", model, source, files=files, model_type=config["model_type"], foreign=foreign)
