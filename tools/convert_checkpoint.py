@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sisa_dist.config import UserError
+from sisa_dist.convert.command import run
 from sisa_dist.convert.conversion import Plan, convert, plan
 from sisa_dist.convert.opened import Target
 
@@ -79,26 +79,11 @@ def _bar() -> Progress:
     columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console()
     # In a log file a bar is noise.
-    return Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    )
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        app(argv, standalone_mode=False)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}: mend or name another path"
-    except typer.Exit as stop:
-        return stop.exit_code
-    else:
-        return 0
-    print(f"convert_checkpoint: {message}", file=sys.stderr)
-    return 2
+    return run(app, argv, name="convert_checkpoint")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def open_checkpoint(path: Path) -> Opened:
     return Opened(path, "hf", model, source, files=files, model_type=config["model_type"], foreign=foreign)
 
 
+def type_of(path: Path) -> Any:
+    """The model_type its config names."""
+    return _read_config(path).get("model_type")
+
+
 def stored(path: Path) -> TensorSource:
     """The folder's tensors under its own names, of any architecture."""
     if not (path / INDEX).is_file() and not (path / "model.safetensors").is_file():
