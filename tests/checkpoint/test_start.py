@@ -51,7 +51,7 @@ def test_weights_alone_begin_a_new_stage(tiny: RunConfig, tmp_path: Path) -> Non
             torch.testing.assert_close(tensor, old[name], atol=1e-9, rtol=0)
     state = read_state(list_checkpoints(tmp_path / "stage")[-1])
     assert (state.step, state.cursor) == (3, 12)
-    # Moments began at zero: after 3 steps exp_avg is the mean of 3 gradients by Adam's weights, not the old one decayed.
+    # Moments began at zero: the old ones, decayed for 3 steps, are not in them.
     name = "exp_avg_sq.norm.weight"
     assert not torch.allclose(new[name], old[name] * 0.95**3, rtol=0.2)
     same_digests = [r[3] for r in losses(tmp_path / "stage")] == [r[3] for r in losses(Path(tiny.output_dir))][:3]
