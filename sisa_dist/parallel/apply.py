@@ -19,6 +19,7 @@ from sisa_dist.parallel.layers import (
     Border,
     VocabularyEmbedding,
     VocabularySlice,
+    add_after,
     enter_before,
     leave_after,
     sum_gradients,
@@ -71,7 +72,10 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
         if slices[name].tp_dim is not None:
             shape[slices[name].tp_dim] //= tp  # type: ignore[index]
         module._parameters[leaf] = nn.Parameter(parameter.new_empty(shape))
-        if slices[name].tp_grad == "partial":
+        partial = slices[name].tp_grad == "partial"
+        if split.kind == "added":
+            add_after(module, border.group, partial=partial)
+        elif partial:
             sum_gradients(module, leaf, border.group, rows=_own_rows(model, name, split, mesh))
         if split.kind == "row":
             leave_after(module, border)
@@ -98,7 +102,7 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
 
 def _slice(model: LM, name: str, split: Split, mesh: Mesh) -> Slice:
     shape = model.get_parameter(name).shape
-    if split.kind == "replicated":
+    if split.kind in ("replicated", "added"):
         return Slice(None, "partial" if mesh.sequence_parallel else "full", shape)
     if split.kind == "shared" or _held_whole(model, split, mesh):
         return Slice(None, "partial" if mesh.tp_size > 1 else "full", shape)
