@@ -26,6 +26,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it counts no more; nothing of it is deleted."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged{number}")
+    return checkpoint.rename(aside)
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest one of the run folder `path`."""
     path = Path(path)

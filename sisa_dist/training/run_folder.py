@@ -36,9 +36,13 @@ _FREE = (
     "training.eval_windows",
     "training.checkpoint_every",
     "training.keep_last",
+    "training.keep_every",
+    "training.async_save",
+    "training.save_staging_gb",
     "training.max_skipped_steps",
     "training.timeout_minutes",
     "training.profile",
+    "start",
     "evaluation",
     "logging",
 )
