@@ -1,4 +1,8 @@
-"""Saving during training: the step waits while the state is copied, a thread writes the copy while training goes on."""
+"""Saving during training: a thread copies the state and writes the copy while training goes on.
+
+Forward and backward leave weights and moments as they are, so the copy is made behind those of the next step, and
+only the optimizer waits for it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint.folder import list_checkpoints, step_name, step_of
-from sisa_dist.checkpoint.staging import Staging, num_bytes
+from sisa_dist.checkpoint.staging import Moment, Staging, num_bytes
 from sisa_dist.checkpoint.state import TrainState
 from sisa_dist.checkpoint.write import remove, write_checkpoint
 from sisa_dist.config import RunConfig, UserError, dump_config
@@ -33,7 +38,7 @@ class Saved:
     """One save, for the metrics."""
 
     step: int
-    blocked: float  # seconds training waited: for the save before, and for the copy or, not asynchronous, for all of it
+    blocked: float  # seconds training waited: for the save before and for the copy, or, without a copy, for all of it
     seconds: float  # from the first byte copied to the last rename
     bytes: int  # of this rank's tensors
 
@@ -61,7 +66,9 @@ class Saver:
         """
         self._folder, self._engine, self._config, self._mesh = run_folder, engine, config, mesh
         self._tokenizer, self._data, self._failed = tokenizer, data, failed
-        self._staging = Staging()
+        self._staging, self._copied, self._held = Staging(), threading.Event(), 0.0
+        self._copied.set()
+        engine.before_update(self._before_update)
         # Of its own: collectives of two threads on one group meet in any order, and hang.
         self._group = dist.new_group(backend="gloo") if mesh.world_size > 1 else dist.group.WORLD
         self._thread: threading.Thread | None = None
@@ -69,49 +76,73 @@ class Saver:
         self._done: list[Saved] = []
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Save `state` and the engine's tensors as they are now. Returns when they are copied, or, to `wait`, written.
+        """Save `state` and the engine's tensors as they are now. Returns at once, or, to `wait`, when they are written.
 
         Waits for the save before, and raises UserError if that failed, on every rank.
         """
-        mesh, training, started = self._mesh, self._config.training, time.perf_counter()
+        mesh, started = self._mesh, time.perf_counter()
         mesh.enter("checkpoint")
         self.finish()
         state = replace(state, guard=self._engine.guard.state())
         tensors = self._engine.state_tensors()
-        size, copying = num_bytes(tensors), time.perf_counter()
-        most = training.save_staging_gb
-        fits = most is None or mesh.max_over_all(torch.tensor(float(size))).item() <= most * 1e9
-        if training.async_save and fits and not wait:
-            tensors = self._staging.copy(tensors)
-        else:
-            wait = True
-            if training.async_save and not fits:
-                _log.warning(
-                    "step %d: training waits for this save: a copy of %.1f GB exceeds training.save_staging_gb",
-                    state.step,
-                    size / 1e9,
-                )
+        copied = not wait and self._may_copy(state, num_bytes(tensors))
         files = self._files(state) if mesh.is_main else {}
-        blocked = time.perf_counter() - started
-
-        def write() -> None:
-            try:
-                final = self._folder / "checkpoints" / step_name(state.step)
-                write_checkpoint(
-                    final, tensors, files=files, process_group=self._group, begin=lambda: self._clear(final.parent)
-                )
-                seconds = time.perf_counter() - copying
-                if mesh.is_main:
-                    self._retain()
-                self._done.append(Saved(state.step, blocked if not wait else seconds, seconds, size))
-            except BaseException as error:
-                self._error = error
-                self._failed("a checkpoint could not be saved")
-
-        self._thread = threading.Thread(target=write, name="save", daemon=True)
+        changed = Moment.now(mesh.device)
+        if copied:
+            self._copied.clear()
+        self._held = time.perf_counter() - started
+        self._thread = threading.Thread(
+            target=self._write, args=(state, tensors, files, changed, copied), name="save", daemon=True
+        )
         self._thread.start()
-        if wait:
+        if not copied:
             self.finish()
+
+    def _write(
+        self,
+        state: TrainState,
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, bytes],
+        changed: Moment,
+        copied: bool,
+    ) -> None:
+        """The thread's. `changed` is when the device was done with the last change of `tensors`."""
+        folder, started, size = self._folder / "checkpoints", time.perf_counter(), num_bytes(tensors)
+        try:
+            if copied:
+                tensors = self._staging.copy(tensors, after=changed)
+                self._copied.set()
+            final, group = folder / step_name(state.step), self._group
+            write_checkpoint(final, tensors, files=files, process_group=group, begin=lambda: self._clear(folder))
+            seconds = time.perf_counter() - started
+            if self._mesh.is_main:
+                self._retain()
+            self._done.append(Saved(state.step, self._held if copied else self._held + seconds, seconds, size))
+        except BaseException as error:
+            self._error = error
+            self._failed("a checkpoint could not be saved")
+        finally:
+            self._copied.set()
+
+    def _may_copy(self, state: TrainState, size: int) -> bool:
+        """The same answer on every rank."""
+        most, asked = self._config.training.save_staging_gb, self._config.training.async_save
+        if not asked or most is None:
+            return asked
+        largest = self._mesh.max_over_all(torch.tensor(float(size), device=self._mesh.device)).item() / 1e9
+        if largest > most:
+            _log.warning(
+                "step %d: training waits for this save: a copy of %.1f GB is more than training.save_staging_gb",
+                state.step,
+                largest,
+            )
+        return largest <= most
+
+    def _before_update(self) -> None:
+        """Training's thread, ahead of the optimizer: until the copy is made nothing may change."""
+        started = time.perf_counter()
+        self._copied.wait()
+        self._held += time.perf_counter() - started
 
     def finish(self) -> None:
         """Wait for the save under way. Raises UserError, on every rank, if it failed."""

@@ -1,4 +1,4 @@
-"""A copy of a rank's state in host memory, taken while the step waits, so that training goes on while it is written.
+"""A copy of a rank's state in host memory, so that training goes on while it is written.
 
 Never more than one: its buffers are made at the first save and used again by every later one. Pinned beside a GPU.
 """
@@ -26,22 +26,41 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(local.numel() * local.element_size() for local in map(local_memory, tensors.values()))
 
 
+class Moment:
+    """A point in a device's work."""
+
+    def __init__(self, event: torch.cuda.Event | None) -> None:
+        self.event = event
+
+    @staticmethod
+    def now(device: torch.device) -> Moment:
+        return Moment(torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None)
+
+
 class Staging:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same views over copies. They hold until the next call."""
-        copies, on_gpu = {}, False
+    def copy(self, tensors: Mapping[str, Tensor], *, after: Moment) -> dict[str, Tensor]:
+        """The same views over copies, of what the tensors hold `after` then. They hold until the next call.
+
+        On a GPU it goes through a stream of its own, beside the work of the next step.
+        """
+        devices = {local.device for local in map(local_memory, tensors.values()) if local.is_cuda}
+        streams = {device: torch.cuda.Stream(device) for device in devices}
+        for stream in streams.values():
+            assert after.event is not None, "a GPU's tensors need a point in its work"
+            stream.wait_event(after.event)
+        copies = {}
         for name, view in tensors.items():
             source = local_memory(view)
-            on_gpu |= source.is_cuda
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._buffers[name].copy_(source, non_blocking=True)
+            with torch.cuda.stream(streams.get(source.device)):  # None: as it is
+                self._buffers[name].copy_(source, non_blocking=True)
             copies[name] = _with_memory(view, self._buffers[name])
-        if on_gpu:
-            torch.cuda.synchronize()  # what is under way reads weights that the next step changes
+        for stream in streams.values():
+            stream.synchronize()
         return copies
 
 
