@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
+from sisa_dist.convert import hf_folder
+from sisa_dist.convert.hf_folder import reference_logits
 from sisa_dist.convert.recipe import Recipe
+
+__all__ = ["MODEL_TYPES", "exports", "files", "imports", "read_config", "reference_logits", "write_config"]
 
 MODEL_TYPES = ("sisa",)
 
@@ -140,6 +144,11 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
         ours: Recipe((theirs,), pad) if ours in ("embed.weight", "head.weight") else Recipe((theirs,))
         for ours, theirs in _names(model).items()
     }
+
+
+def files(model: ModelConfig, tokenizer: bytes | None) -> dict[str, bytes]:
+    """What lies beside weights and config.json: the code, and the tokenizer's files where there is one."""
+    return {hf_folder.MODELING: hf_folder.modeling_source(), **hf_folder.tokenizer_files(tokenizer)}
 
 
 def _names(model: ModelConfig) -> dict[str, str]:
