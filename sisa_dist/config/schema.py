@@ -153,7 +153,10 @@ class TrainingConfig(Section):
     eval_every: PositiveInt | None = None  # steps; None: only after the last
     eval_windows: PositiveInt = 32  # validation windows of an evaluation during the run
     checkpoint_every: PositiveInt | None = None  # steps; None: only after the last
-    keep_last: PositiveInt = 2  # checkpoints kept
+    keep_last: PositiveInt = 2  # newest checkpoints kept
+    keep_every: PositiveInt | None = None  # steps: checkpoints at multiples of it are kept for good
+    async_save: bool = True  # training goes on while a copy of the state, in host memory, is written
+    save_staging_gb: PositiveFloat | None = None  # most a rank may copy for it; training waits for a larger one
     spike_sigma: PositiveFloat | None = (
         6.0  # skip a step whose loss or gradient norm is this far up; None: only inf, nan
     )
@@ -180,6 +183,19 @@ class TrainingConfig(Section):
                 f"profile.start {self.profile.start} + steps {self.profile.steps} reach behind training.steps "
                 f"{self.steps}: lower them, or set profile to null"
             )
+        return self
+
+
+class StartConfig(Section):
+    """What a run begins from, when its own folder holds no checkpoint yet. Neither: from initial weights."""
+
+    resume: str | None = None  # everything: weights, moments, step and place in the data, of another run or checkpoint
+    weights: str | None = None  # the weights alone: step 0, the data from its beginning, an optimizer without memory
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> StartConfig:
+        if self.resume is not None and self.weights is not None:
+            raise ValueError("start.resume and start.weights are two ways to begin: remove one")
         return self
 
 
@@ -213,6 +229,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    start: StartConfig = StartConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
