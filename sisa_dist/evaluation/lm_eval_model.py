@@ -181,8 +181,11 @@ class SisaLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        examples, cut = [], 0
-        for _, context, continuation in requests:
+        examples: dict[int, Example] = {}
+        cut = 0
+        for number, (_, context, continuation) in enumerate(requests):
+            if not continuation:  # an empty one is certain
+                continue
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"a continuation has {len(continuation)} tokens, the model sees {self.max_length}: set max_length"
@@ -190,16 +193,22 @@ class SisaLM(TemplateLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             cut += len(ids) < len(context) + len(continuation)
             ignored = [IGNORE] * (len(ids) - 1 - len(continuation))
-            examples.append(Example(ids[:-1], ignored + ids[len(ids) - len(continuation) :]))
+            examples[number] = Example(ids[:-1], ignored + continuation)
         answers = [(0.0, True)] * len(requests)
+        numbers = list(examples)
         scores = score_examples(
-            ModelScorer(self.model), examples, batch_size=self.batch_size, what="likelihoods", quiet=disable_tqdm
+            ModelScorer(self.model),
+            list(examples.values()),
+            batch_size=self.batch_size,
+            what="likelihoods",
+            quiet=disable_tqdm,
         )
         for i, log_prob_T, is_argmax_T in scores:
             # Labels that do not count have log-probability 0 and are the argmax.
-            answers[i] = float(log_prob_T.double().sum()), bool(is_argmax_T.all())
-            if (texts := requests[i][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answers[i])
+            number = numbers[i]
+            answers[number] = float(log_prob_T.double().sum()), bool(is_argmax_T.all())
+            if (texts := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answers[number])
         self._count_cut("loglikelihood", cut, len(requests))
         return answers
 

@@ -10,7 +10,8 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,17 @@ def run_lm_eval(
         raise UserError(f"--out {path}: there is no folder {path.parent}: make it, or name another file")
     arguments = _read_arguments(model_args, inspect.signature(SisaLM).parameters)
     manager, names = _find_tasks(tasks, task_folder)
-    results = simple_evaluate(
-        model="sisa",
-        model_args={"checkpoint": str(checkpoint), **arguments},
-        tasks=names,
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        bootstrap_iters=bootstrap_iters,
-        log_samples=False,
-    )
+    with _uncounted():
+        results = simple_evaluate(
+            model="sisa",
+            model_args={"checkpoint": str(checkpoint), **arguments},
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=bootstrap_iters,
+            log_samples=False,
+        )
     assert results is not None  # one process
     # Functions, numpy numbers and dtypes become what the harness would have written.
     plain = json.loads(json.dumps(results, default=handle_non_serializable))
@@ -98,6 +100,19 @@ def _is_number(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     return f"{value:.6g}" if _is_number(value) else str(value)
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """`datasets` tells a server of every file format it opens, local files too: 3 s each where no network answers."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _read_arguments(given: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
