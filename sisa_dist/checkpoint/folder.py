@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sisa_dist.checkpoint.manifest import NAME as MANIFEST
 from sisa_dist.config import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -39,7 +40,7 @@ def set_aside(checkpoint: Path) -> Path:
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest one of the run folder `path`."""
     path = Path(path)
-    if (path / "state.json").is_file():
+    if (path / MANIFEST).is_file() or (_NAME.fullmatch(path.name) and path.is_dir()):
         return path
     found = list_checkpoints(path)
     if not found:

@@ -2,13 +2,13 @@
 
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.load import dump_config, load_config, parse_config
+from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
     DataConfig,
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,

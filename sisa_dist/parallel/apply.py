@@ -19,6 +19,7 @@ from sisa_dist.parallel.layers import (
     Border,
     VocabularyEmbedding,
     VocabularySlice,
+    add_after,
     enter_before,
     leave_after,
     sum_gradients,
@@ -48,6 +49,10 @@ class Slice:
             index[self.tp_dim] = slice(rank * width, (rank + 1) * width)
         return tuple(index)
 
+    def local_shape(self, size: int) -> torch.Size:
+        """The shape of a rank's slice, of `size` ranks."""
+        return torch.Size(n // size if dim == self.tp_dim else n for dim, n in enumerate(self.shape))
+
 
 def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str, Split] = PLAN) -> dict[str, Slice]:
     """Cut `model`, built on the meta device, for this rank of `mesh`; the slice of every parameter by its full name.
@@ -57,9 +62,8 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
     Raises UserError where tp does not divide what the plan deals out, AssertionError where a parameter has no line.
     """
     config, tp = model.config, mesh.tp_size
-    check_tp(config, tp)
     splits = {name: split_of(name, dict(plan)) for name, _ in model.named_parameters()}
-    slices = {name: _slice(model, name, split, mesh) for name, split in splits.items()}
+    slices = slices_of(model, tp, sequence_parallel=mesh.sequence_parallel, plan=plan)
     if tp == 1:
         return slices
     border = Border(mesh.group("tp"), mesh.sequence_parallel)
@@ -67,11 +71,11 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         parameter = module._parameters[leaf]
         assert parameter is not None and parameter.is_meta, f"{name}: cut a model on the meta device"
-        shape = list(slices[name].shape)
-        if slices[name].tp_dim is not None:
-            shape[slices[name].tp_dim] //= tp  # type: ignore[index]
-        module._parameters[leaf] = nn.Parameter(parameter.new_empty(shape))
-        if slices[name].tp_grad == "partial":
+        module._parameters[leaf] = nn.Parameter(parameter.new_empty(slices[name].local_shape(tp)))
+        partial = slices[name].tp_grad == "partial"
+        if split.kind == "added":
+            add_after(module, border.group, partial=partial)
+        elif partial:
             sum_gradients(module, leaf, border.group, rows=_own_rows(model, name, split, mesh))
         if split.kind == "row":
             leave_after(module, border)
@@ -96,22 +100,36 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
     return slices
 
 
-def _slice(model: LM, name: str, split: Split, mesh: Mesh) -> Slice:
+def slices_of(
+    model: LM, tp_size: int, *, sequence_parallel: bool = False, plan: Mapping[str, Split] = PLAN
+) -> dict[str, Slice]:
+    """How `model`, which stays whole, would be cut on `tp_size` ranks; needs no process group.
+
+    Raises as `apply_plan`.
+    """
+    check_tp(model.config, tp_size)
+    return {
+        name: _slice(model, name, split_of(name, dict(plan)), tp_size, sequence_parallel)
+        for name, _ in model.named_parameters()
+    }
+
+
+def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: bool) -> Slice:
     shape = model.get_parameter(name).shape
-    if split.kind == "replicated":
-        return Slice(None, "partial" if mesh.sequence_parallel else "full", shape)
-    if split.kind == "shared" or _held_whole(model, split, mesh):
-        return Slice(None, "partial" if mesh.tp_size > 1 else "full", shape)
+    if split.kind in ("replicated", "added"):
+        return Slice(None, "partial" if sequence_parallel else "full", shape)
+    if split.kind == "shared" or _held_whole(model, split, tp_size):
+        return Slice(None, "partial" if tp_size > 1 else "full", shape)
     return Slice(1 if split.kind == "row" else 0, "full", shape)
 
 
-def _held_whole(model: LM, split: Split, mesh: Mesh) -> bool:
-    return split.over == "kv_heads" and model.config.kv_heads % mesh.tp_size != 0
+def _held_whole(model: LM, split: Split, tp_size: int) -> bool:
+    return split.over == "kv_heads" and model.config.kv_heads % tp_size != 0
 
 
 def _own_rows(model: LM, name: str, split: Split, mesh: Mesh) -> tuple[int, int] | None:
     """Of a parameter of kv heads that is held whole, the rows of the one head that this rank's queries read."""
-    if not _held_whole(model, split, mesh):
+    if not _held_whole(model, split, mesh.tp_size):
         return None
     n_kv_heads = model.config.kv_heads
     width = model.get_parameter(name).shape[0] // n_kv_heads

@@ -235,6 +235,19 @@ def test_optimizer_groups_are_the_papers(tiny: RunConfig) -> None:
     assert groups["blocks.0.mixer.decay.weight"] == groups["embed.weight"] == (0.1, 1.0)
 
 
+def test_biases_and_gains_of_other_blocks_are_not_decayed(tiny: RunConfig) -> None:
+    config = changed(tiny, model={"norm": "layernorm", "mlp": "gelu", "attention_bias": "all", "mlp_bias": True})
+    engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
+    decayed = {
+        id(p)
+        for group in engine.optimizer.param_groups  # type: ignore[attr-defined]
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    for name, parameter in engine.model.named_parameters():  # type: ignore[attr-defined]
+        assert (id(parameter) in decayed) == (parameter.ndim == 2), name
+
+
 def test_a_changed_config_or_data_set_does_not_continue_a_run(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     longer = changed(tiny, training={"steps": 10})
