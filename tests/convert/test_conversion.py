@@ -115,9 +115,14 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out.splitlines()
     (row,) = [line for line in out if line.startswith("x.blocks.1.mixer.wqk.weight ")]
-    assert row.split()[1:] == "[48, 32] float32 ← model.blocks.1.mixer.wq.weight, model.blocks.1.mixer.wk.weight".split(
-        " "
-    )
+    assert row.split()[1:] == [
+        "[48,",
+        "32]",
+        "float32",
+        "←",
+        "model.blocks.1.mixer.wq.weight,",
+        "model.blocks.1.mixer.wk.weight",
+    ]
     assert out[-1].startswith("44 tensors, ") and "nothing was written" in out[-1]
 
 
