@@ -18,7 +18,9 @@ FORMATS = {  # in the order in which a path is tried
     "safetensors": "sisa_dist.convert.consolidated",
     "hf": "sisa_dist.convert.transformers_folder",
 }
-ARCHITECTURES: dict[str, str] = {}  # by the model_type of config.json, in the order in which an export tries them
+ARCHITECTURES: dict[str, str] = {
+    "sisa": "sisa_dist.convert.hf_sisa"
+}  # by the model_type of config.json, in the order in which an export tries them
 
 
 class Format(Protocol):
