@@ -83,7 +83,7 @@ class Track:
 def stays(config: RunConfig, run: Path, *, mistake: str | None = None) -> Track:
     """Trains from the start without a break; checkpoints of steps 3 and 13 in `run`."""
     with mistaken(mistake):
-        here = _Here(config)
+        here = Here(config)
         with here.saver(run) as saver:
             here.train(BEFORE)
             saver.save(here.state)  # written while the next steps run
@@ -99,7 +99,7 @@ def moves(
 
     With `run`, the last of them is saved in it after 3 steps and, for whoever goes on from there, 10 steps later.
     """
-    here, tracks = _Here(config), []
+    here, tracks = Here(config), []
     for number, (first, last) in enumerate(runs, start=1):
         here.load(first, mistake)
         done = here.state.step
@@ -121,7 +121,7 @@ def moves(
 def refuses(config: RunConfig, checkpoint: Path) -> str:
     """What is said where it cannot be loaded, alike on every rank."""
     try:
-        _Here(config).load(checkpoint, None)
+        Here(config).load(checkpoint, None)
     except UserError as error:
         return str(error)
     raise AssertionError(f"{checkpoint} was loaded")
@@ -129,12 +129,12 @@ def refuses(config: RunConfig, checkpoint: Path) -> str:
 
 def trains(config: RunConfig, until: int) -> Track:
     """The run that never moves and never saves."""
-    here = _Here(config)
+    here = Here(config)
     here.train(until)
     return here.track
 
 
-class _Here:
+class Here:
     """An engine with its data at one place, and where its run stands."""
 
     def __init__(self, config: RunConfig) -> None:
