@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.config import UserError
-from sisa_dist.convert.hf_tokenizer import hf_tokenizer
+from sisa_dist.convert.hf_tokenizer import NoEqualTokenizer, hf_tokenizer
 
 MODELING = "modeling_sisa.py"
 
@@ -24,14 +24,15 @@ def modeling_source() -> bytes:
 def tokenizer_files(tokenizer: bytes | None) -> dict[str, bytes]:
     """generation_config.json and the tokenizer's files, by name; `tokenizer` is the content of a tokenizer.model.
 
-    Where no equal tokenizer.json can be made, only tokenizer.model is kept, and a warning says why.
+    Where no equal tokenizer.json can be made, only tokenizer.model is kept, and a warning says why. Raises UserError
+    for what is no SentencePiece model.
     """
     if tokenizer is None:
         return {}
     files = {"tokenizer.model": tokenizer}
     try:
         files |= hf_tokenizer(tokenizer)
-    except UserError as error:
+    except NoEqualTokenizer as error:
         warnings.warn(str(error), stacklevel=2)
     return files | {"generation_config.json": _generation_config(tokenizer)}
 

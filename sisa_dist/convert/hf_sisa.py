@@ -62,7 +62,7 @@ _SISA = {
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of `model`. Raises UserError naming the first setting that modeling_sisa.py does not know."""
-    for name, field in ModelConfig.model_fields.items():
+    for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if name not in _KNOWN and (field.is_required() or value != field.get_default(call_default_factory=True)):
             raise UserError(
@@ -97,10 +97,12 @@ def read_config(hf_config: dict[str, Any]) -> ModelConfig:
     Values that repeat a default (n_kv_heads = n_heads, one d_s for all layers) come back in their short form.
     """
     try:
-        given = {ours: hf_config[theirs] for ours, theirs in _SAME.items() if theirs in hf_config}
+        given = {ours: hf_config[theirs] for ours, theirs in _SAME.items()}
         d_s = list(hf_config["layer_d_s"])
         n_heads, width = int(hf_config["num_attention_heads"]), int(hf_config["hidden_size"])
         kv_heads, head_dim = hf_config.get("num_key_value_heads"), hf_config.get("head_dim")
+        if len(d_s) != given["n_layers"]:
+            raise ValueError(f"layer_d_s has {len(d_s)} entries for {given['n_layers']} layers")
         mixers = ["sisa" if n else "attention" for n in d_s]
         if len(set(d_s)) == 1:
             shape: dict[str, Any] = {"mixer": mixers[0], "d_s": d_s[0] or None}

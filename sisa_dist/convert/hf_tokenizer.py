@@ -28,6 +28,10 @@ _UNIGRAM, _BPE = 1, 2
 _NEVER = -1e9  # score of a piece that no text may match
 
 
+class NoEqualTokenizer(UserError):
+    """The SentencePiece model is sound, but tokenizers cannot do as it does."""
+
+
 class Piece(NamedTuple):
     text: str  # with spaces
     score: float
@@ -62,7 +66,7 @@ _CHECKED_TEXTS = [
 def hf_tokenizer(model: bytes) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a SentencePiece model (the content of a tokenizer.model).
 
-    Raises UserError, with what differs, where the ids of some text would.
+    Raises NoEqualTokenizer, with what differs, where the ids of some text would, UserError for what is no such model.
     """
     sentencepiece_model: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     proto = sentencepiece_model.ModelProto()
@@ -86,13 +90,13 @@ def check(ours: Tokenizer, theirs: Any, pieces: list[Piece], *, unigram: bool) -
     for text, (ids, encoding) in zip(texts, both, strict=True):
         found = encoding.ids
         if found != ids and not (unigram and _tied(ids, found, scores)):
-            raise UserError(
+            raise NoEqualTokenizer(
                 f"no equal tokenizer.json can be made of this SentencePiece model: {_clip(text)} is {_clip(ids)} and "
                 f"would be {_clip(found)}: use its tokenizer.model through sentencepiece"
             )
         lossless = all(pieces[i].type != _UNKNOWN for i in ids)
         if lossless and not theirs.decode(found) == theirs.decode(ids) == ours.decode(ids):
-            raise UserError(
+            raise NoEqualTokenizer(
                 f"no equal tokenizer.json can be made of this SentencePiece model: {_clip(ids)} is "
                 f"{_clip(ours.decode(ids))} and would be {_clip(theirs.decode(ids))}: use its tokenizer.model through "
                 "sentencepiece"
@@ -122,7 +126,9 @@ def _build(proto: Any, pieces: list[Piece]) -> Any:
 
     kind, spec = proto.trainer_spec.model_type, proto.normalizer_spec
     if proto.trainer_spec.treat_whitespace_as_suffix or not spec.escape_whitespaces:
-        raise UserError("this SentencePiece model treats spaces in its own way: only its tokenizer.model can be kept")
+        raise NoEqualTokenizer(
+            "this SentencePiece model treats spaces in its own way: only its tokenizer.model can be kept"
+        )
     unknown = next(i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN)
     by_bytes = any(type_ == _BYTE for _, _, type_ in pieces)
     if kind == _BPE:
@@ -136,7 +142,9 @@ def _build(proto: Any, pieces: list[Piece]) -> Any:
     elif kind == _UNIGRAM:
         core = models.Unigram(_scores(pieces), unk_id=unknown, byte_fallback=by_bytes)
     else:
-        raise UserError("this SentencePiece model splits by words or characters: only its tokenizer.model can be kept")
+        raise NoEqualTokenizer(
+            "this SentencePiece model splits by words or characters: only its tokenizer.model can be kept"
+        )
     whole = Whole(core)
 
     steps: list[Any] = []

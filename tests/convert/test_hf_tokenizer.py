@@ -16,10 +16,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from samples import make_text
-from sisa_dist.config import UserError
 from sisa_dist.convert import hf_tokenizer as conversion
 from sisa_dist.convert.hf_folder import tokenizer_files
-from sisa_dist.convert.hf_tokenizer import hf_tokenizer
+from sisa_dist.convert.hf_tokenizer import NoEqualTokenizer, hf_tokenizer
 
 TEXTS = [make_text(i) for i in range(60)]
 SOURCES = [p.read_text(encoding="utf-8") for p in sorted((Path(__file__).parents[2] / "sisa_dist").rglob("*.py"))]
@@ -48,10 +47,10 @@ HARD = [
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    return train_tokenizer(SOURCES[20:], path, vocab_size=1500, model_type=request.param)
+    return train_tokenizer(SOURCES[20:60], path, vocab_size=1500, model_type=request.param)
 
 
-def foreign(texts: Iterable[str] = SOURCES, **options: object) -> bytes:
+def foreign(texts: Iterable[str] = SOURCES[20:50], **options: object) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
@@ -138,18 +137,18 @@ def test_published_models_have_their_ids(name: str) -> None:
 
 def test_what_cannot_be_equal_is_refused_and_only_the_model_is_kept() -> None:
     odd = foreign(model_type="bpe", byte_fallback=True, user_defined_symbols=["\n"])  # spaces at lines' ends are lost
-    with pytest.raises(UserError, match="no equal tokenizer"):
+    with pytest.raises(NoEqualTokenizer, match="no equal tokenizer"):
         hf_tokenizer(odd)
     with pytest.warns(UserWarning, match="no equal tokenizer"):
         files = tokenizer_files(odd)
     assert files.keys() == {"tokenizer.model", "generation_config.json"} and files["tokenizer.model"] == odd
-    with pytest.raises(UserError, match="words or characters"):
+    with pytest.raises(NoEqualTokenizer, match="words or characters"):
         hf_tokenizer(foreign(model_type="char"))
 
 
 @pytest.mark.parametrize("mutation", ["merges", "bytes", "user defined"])
 def test_the_check_sees_a_wrong_conversion(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = train_tokenizer(SOURCES[20:], tmp_path / "t.model", vocab_size=1500)
+    ours = train_tokenizer(SOURCES[20:60], tmp_path / "t.model", vocab_size=1500)
     build = conversion._build
 
     def wrong(proto: object, pieces: list) -> tokenizers.Tokenizer:
@@ -164,7 +163,7 @@ def test_the_check_sees_a_wrong_conversion(mutation: str, tmp_path: Path, monkey
         return tokenizers.Tokenizer.from_str(json.dumps(made))
 
     monkeypatch.setattr(conversion, "_build", wrong)
-    with pytest.raises(UserError, match="no equal tokenizer"):
+    with pytest.raises(NoEqualTokenizer, match="no equal tokenizer"):
         hf_tokenizer(ours.path.read_bytes())
 
 

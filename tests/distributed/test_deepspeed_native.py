@@ -30,7 +30,7 @@ FAST = {
     "zero2-tp2_dp2": (zero(SISA, "tp2_dp2", 2), [zero(SISA, "tp2_dp2", 2), zero(SISA, "tp4", 1)]),
     "zero1-dp2": (
         zero(ATTENTION, "dp2", 1),
-        [zero(ATTENTION, "dp2", 1), zero(ATTENTION, "dp2", 3, sub_group_size=900)],
+        [zero(ATTENTION, "dp2", 1), zero(ATTENTION, "dp2", 3, sub_group_size=1536)],
     ),
     "zero0-tp2": (zero(SISA, "tp2", 0), [zero(SISA, "tp2", 0), zero(SISA, "tp2", 3)]),
 }
