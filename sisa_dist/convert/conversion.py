@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from sisa_dist.config import UserError
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import Converted, TensorSource
@@ -53,6 +53,7 @@ def plan(
     moments: bool | None = None,
     d_s: int | list[int] | None = None,
     tokenizer: bytes | None = None,
+    config: RunConfig | None = None,
     target: Target | None = None,
 ) -> Plan:
     """The conversion of what lies at `path` to the format `to`. Opens headers only.
@@ -61,7 +62,7 @@ def plan(
     upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
     Raises UserError for what cannot be done.
     """
-    module, before, target = format_module(to), open_checkpoint(path, format=format), target or Target()
+    module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
     if tokenizer is not None:
         before = replace(before, files={**before.files, TOKENIZER: tokenizer})
     if dtype != "fp32" and module.MASTERS:
