@@ -20,6 +20,7 @@ from samples import make_text
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import hf_folder, hf_sisa
 from sisa_dist.convert.conversion import convert, plan
+from sisa_dist.convert.formats import open_checkpoint
 from sisa_dist.convert.recipe import Converted
 from sisa_dist.model import generate
 
@@ -127,10 +128,9 @@ def run_alone(tmp_path: Path, *arguments: Path) -> Any:
     return json.loads(Path(f"{arguments[-1]}.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["grouped", "mixed"])
-def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None:
+def test_a_fresh_process_without_our_packages(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([make_text(i) for i in range(60)], tmp_path / "t.model", vocab_size=320)
-    model = random_model(tiny(**CASES[case], vocab_size=320), decay=0.3)
+    model = random_model(tiny(**CASES["mixed"], qk_norm=True, vocab_size=320), decay=0.3)
     folder, tokens = write_weights(tmp_path / "exported", model), tokens_of(2, 13)
     for name, content in hf_sisa.files(model.config, tokenizer.path.read_bytes()).items():
         (folder / name).write_bytes(content)
@@ -151,6 +151,9 @@ def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None
     largest = wanted.abs().max()
     assert (made["logits"] - wanted).abs().max() < 1e-5 * largest
     assert torch.equal(made["again"], made["logits"]) and made["hidden"].shape == (2, 13, 32)
+    saved = open_checkpoint(tmp_path / "again")  # what transformers wrote, after a fine-tuning say, is ours again
+    assert saved.model == model.config
+    assert torch.equal(saved.source.read("model.embed.weight")[:320], model.embed.weight[:320])
     # Generation stops at eos; until then it is ours.
     ours = torch.stack(list(generate(model, tokens, max_new_tokens=20)), dim=1)
     assert torch.equal(made["cached"], made["uncached"])
@@ -168,7 +171,7 @@ def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None
 def test_transformers_itself_confirms_a_folder_and_runs_no_code_but_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = random_model(tiny(**CASES["mixed"]))
+    model = random_model(tiny(**CASES["grouped"]))
     folder, tokens = write_weights(tmp_path / "exported", model), tokens_of(1, 17)
     with torch.no_grad():
         wanted = model(tokens)
@@ -200,3 +203,19 @@ def test_the_tool_exports_and_imports(make_checkpoint: Any, tmp_path: Path) -> N
         if name in ("embed.weight", "head.weight"):
             wanted[made.model.config.vocab_size :] = 0
         assert torch.equal(back[f"model.{name}"], wanted), name
+
+
+def test_names_swapped_both_ways_fail_the_export(
+    make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back hides such a mistake; the forward of transformers does not."""
+    made = make_checkpoint(n_kv_heads=4)
+    names = hf_sisa._SISA
+    b, c = names["mixer.wb.weight"], names["mixer.wc.weight"]
+    monkeypatch.setitem(names, "mixer.wb.weight", c)
+    monkeypatch.setitem(names, "mixer.wc.weight", b)
+    going = plan(made.folder, to="hf")
+    going.intended.files.pop("tokenizer.model", None)  # that of these checkpoints is none
+    with pytest.raises(UserError, match="transformers"):
+        list(convert(going, tmp_path / "hf", how="full"))
+    assert not (tmp_path / "hf").exists()
