@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,9 +17,14 @@ FORMATS = {  # in the order in which a path is tried
     "safetensors": "sisa_dist.convert.consolidated",
     "hf": "sisa_dist.convert.transformers_folder",
 }
-ARCHITECTURES: dict[str, str] = {
-    "sisa": "sisa_dist.convert.hf_sisa"
-}  # by the model_type of config.json, in the order in which an export tries them
+ARCHITECTURES = {  # by the model_type of config.json, in the order in which an export tries them
+    "llama": "sisa_dist.convert.llama",
+    "mistral": "sisa_dist.convert.llama",
+    "qwen2": "sisa_dist.convert.llama",
+    "qwen3": "sisa_dist.convert.llama",
+    "gpt_neox": "sisa_dist.convert.neox",
+    "sisa": "sisa_dist.convert.hf_sisa",
+}
 
 
 class Format(Protocol):
@@ -48,7 +52,7 @@ class Format(Protocol):
 class Architecture(Protocol):
     """A module that maps a foreign architecture's tensors to ours, which here are without the prefix `model.`.
 
-    It may also have `dropped(names) -> frozenset[str]` (foreign tensors that hold no weights), `files(model,
+    It may also have `dropped(model) -> frozenset[str]` (foreign tensors that hold no weights), `files(model,
     tokenizer) -> dict[str, bytes]` (what lies beside the weights) and `reference_logits(folder, tokens_BT)`.
     """
 
@@ -88,23 +92,30 @@ def open_checkpoint(path: Path, *, format: str | None = None) -> Opened:
 
 def architecture(model_type: Any) -> Architecture:
     if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES) or "none"
-        raise UserError(f"model_type {model_type!r} has no mapping to our models: those known are {known}")
+        raise UserError(
+            f"model_type {model_type!r} has no mapping to our models: those known are {', '.join(ARCHITECTURES)}"
+        )
     return cast(Architecture, importlib.import_module(ARCHITECTURES[model_type]))
 
 
-def architecture_for(model: ModelConfig, *, model_type: str | None) -> tuple[str, Architecture, Mapping[str, Any]]:
-    """(model_type, module, config.json) to write `model` as: the one asked for, else the first that can hold it."""
-    refusals = []
-    for name in [model_type] if model_type else ARCHITECTURES:
+def architecture_for(model: ModelConfig, *, model_type: str | None) -> tuple[Architecture, dict[str, Any]]:
+    """(module, config.json) to write `model` as: the architecture asked for, else the first that can hold it."""
+    if model_type is not None:
+        module = architecture(model_type)
+        config = module.write_config(model)
+        if config["model_type"] != model_type:
+            raise UserError(f"--model-type {model_type}: this model is one of type {config['model_type']}: give that")
+        return module, config
+    refusals: dict[str, str] = {}
+    for name, path in ARCHITECTURES.items():
+        if path in refusals:
+            continue
         module = architecture(name)
         try:
-            return name, module, module.write_config(model)
+            return module, module.write_config(model)
         except UserError as error:
-            if model_type:
-                raise
-            refusals.append(f"{name}: {error}")
-    raise UserError(f"no known architecture can hold this model ({'; '.join(refusals) or 'none is known'})")
+            refusals[path] = str(error)
+    raise UserError(f"no known architecture can hold this model: {'; '.join(refusals.values())}")
 
 
 def reference_logits(module: Architecture, folder: Path, tokens_BT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
+from sisa_dist.convert.families import parameter_shapes
 from sisa_dist.convert.recipe import TensorSource, check_specs
 from sisa_dist.convert.tensors import MODEL, MOMENTS, has_moments, weights_of
 from sisa_dist.model import build_model
@@ -84,12 +85,6 @@ class Opened:
 
     def without_moments(self) -> Opened:
         return replace(self, source=weights_of(self.source)) if self.has_moments else self
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Of every parameter of the model, by name."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in build_model(model).named_parameters()}
 
 
 def fp32_parameters(model: ModelConfig) -> frozenset[str]:
