@@ -131,6 +131,14 @@ class Index:
         digest.update(np.ascontiguousarray(self.members["hash"]).tobytes())
         return digest.hexdigest()
 
+    def shard_digests(self) -> dict[str, str]:
+        """4 bytes of blake2b over each shard's member hashes, in hex, by its name."""
+        digests = {}
+        for number, shard in enumerate(self.shards):
+            content = np.ascontiguousarray(self.members["hash"][self.members["shard"] == number])
+            digests[shard["name"]] = hashlib.blake2b(content.tobytes(), digest_size=4).hexdigest()
+        return digests
+
     def segments(self, member: int) -> NDArray[np.int64]:
         """Tokens of each document part in the member, in order; they sum to its tokens."""
         start = int(self.members["segments_end"][member - 1]) if member else 0

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +82,29 @@ class Loader:
         self._global, self._micro = global_batch_windows, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._document_mask, self._prefetch = document_mask, prefetch
-        settings = f"{index.fingerprint} {ORDER_VERSION} {seq_len} {seed} {lanes} {source} {document_mask}"
+        self._order = {
+            "version": ORDER_VERSION,
+            "seq_len": seq_len,
+            "seed": seed,
+            "lanes": lanes,
+            "source": source,
+            "document_mask": document_mask,
+        }
+        settings = " ".join(map(str, (index.fingerprint, *self._order.values())))
         self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def describe(self) -> dict[str, Any]:
+        """What the fingerprint was taken of, piece by piece, as JSON: where two differ, it shows in what."""
+        index = self._index
+        return {
+            "fingerprint": self.fingerprint,
+            "order": self._order,
+            "tokenizer_sha256": index.tokenizer_sha256,
+            "documents": index.documents,
+            "tokens": index.num_tokens,
+            "shards": index.shard_digests(),
+        }
 
     @property
     def windows_per_epoch(self) -> int:

@@ -84,7 +84,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class Tokenizer:
-    """A loaded SentencePiece model. `sha256` is of the model file; ids are plain ints."""
+    """A loaded SentencePiece model. `model` is the file's bytes, `sha256` theirs; ids are plain ints."""
 
     def __init__(self, model: bytes, path: Path) -> None:
         try:
@@ -93,7 +93,7 @@ class Tokenizer:
             raise UserError(
                 f"{path}: not a SentencePiece model ({error}): name another in data.tokenizer.path"
             ) from None
-        self.path = path
+        self.path, self.model = path, model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
         self.eos_id: int = self._model.eos_id()
@@ -117,6 +117,10 @@ class Tokenizer:
                 f"set model.vocab_size to {tokenizer.vocab_size}"
             )
         return tokenizer
+
+    def piece(self, token_id: int) -> str:
+        """How SentencePiece writes one id."""
+        return self._model.id_to_piece(token_id)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos. A written "</s>" is ordinary characters, never the eos."""

@@ -89,6 +89,30 @@ def evaluate(
     print(f"results: {path}")
 
 
+@app.command("lm-eval")
+def lm_eval(
+    run: RunPath,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK[,TASK]…", help="Tasks, groups, tags, or patterns.")],
+    folder: Annotated[Path | None, typer.Option("--tasks", help="A folder of task YAML files of your own.")] = None,
+    model_args: Annotated[
+        list[str] | None,
+        typer.Option("--model-arg", metavar="KEY=VALUE", help="E.g. batch_size=32, add_bos_token=False. Repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes; default: lm_eval.json in the run.")] = None,
+) -> None:
+    """Tasks of EleutherAI's lm-evaluation-harness; JSON out, in its format. Needs `pip install 'sisa-dist[eval]'`."""
+    from sisa_dist.evaluation.lm_eval_run import run_lm_eval, summary
+
+    names = [name for listed in tasks for name in listed.split(",") if name]
+    results, path = run_lm_eval(
+        run, names, task_folder=folder, model_args=model_args or (), limit=limit, num_fewshot=num_fewshot, out=out
+    )
+    print(summary(results))
+    print(f"results: {path}")
+
+
 @app.command()
 def generate(
     run: RunPath,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sisa_dist.checkpoint.manifest import NAME as MANIFEST
 from sisa_dist.config import UserError
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -26,10 +27,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it counts no more; nothing of it is deleted."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged{number}")
+    return checkpoint.rename(aside)
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """`path` itself if it is a checkpoint, else the newest one of the run folder `path`."""
     path = Path(path)
-    if (path / "state.json").is_file():
+    if (path / MANIFEST).is_file() or (_NAME.fullmatch(path.name) and path.is_dir()):
         return path
     found = list_checkpoints(path)
     if not found:
@@ -38,7 +49,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """The run folder a checkpoint lies in."""
+    """The run folder a checkpoint lies in; of one that lies in none, as a converted one, its own folder."""
     if checkpoint.parent.name != "checkpoints":  # named from inside: ".", or "step_00000300" alone
         checkpoint = checkpoint.resolve()
-    return checkpoint.parent.parent
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint

@@ -1,28 +1,73 @@
-"""Reads checkpoints into an engine of any layout, or into a plain model."""
+"""The two explicit loads, into an engine of any layout: everything (resume), or the weights alone (a new stage).
+
+Files are checked against the manifest first, dealt out over the ranks, so that each is read once more in all.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint.differences import check_data, check_model, check_tokenizer
 from sisa_dist.checkpoint.folder import find_checkpoint
+from sisa_dist.checkpoint.manifest import check_files, read_manifest
 from sisa_dist.checkpoint.state import TrainState, read_state
-from sisa_dist.config import UserError, load_config
+from sisa_dist.checkpoint.storage import SafeReader, holds_weights
+from sisa_dist.checkpoint.write import reason
+from sisa_dist.config import ModelConfig, UserError, load_config
 from sisa_dist.engine import Engine
 from sisa_dist.model import LM, build_model
+from sisa_dist.parallel.mesh import Mesh
+
+_MODEL = "model."
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainState:
-    """Read weights and moments into `engine` in place. Collective. The model must be the checkpoint's."""
+def load_checkpoint(
+    checkpoint: Path,
+    engine: Engine,
+    *,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    data: Mapping[str, Any],
+    mesh: Mesh,
+) -> TrainState:
+    """Resume: weights, moments, Adam's step and the guard go into `engine`; returns where the run stood. Collective.
+
+    `data` is `Loader.describe()`. Raises Damaged where a file is not what was written, UserError where the model, the
+    tokenizer or the data is another's or there are no moments; nothing is then loaded.
+    """
+    verify(checkpoint, mesh)
+    check_model(checkpoint, model)
+    check_tokenizer(checkpoint, tokenizer)
     state = read_state(checkpoint)
-    _load(engine.state_tensors(), checkpoint, no_dist=False)
+    if state.weights_only:
+        raise UserError(
+            f"{checkpoint}: holds weights and no moments, so there is no run to resume: begin one from them by "
+            f"start.weights={checkpoint}"
+        )
+    check_data(checkpoint, data)
+    read_tensors(engine.state_tensors(), checkpoint)
     engine.set_step(state.step - state.skipped)
     if state.guard:  # none before there was a guard
         engine.guard.load(state.guard)
     return state
+
+
+def load_weights(checkpoint: Path, engine: Engine, *, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    """The weights go into `engine`, whose moments stay as they are. Collective. Raises as load_checkpoint does."""
+    verify(checkpoint, mesh, weights_only=True)
+    check_model(checkpoint, model)
+    check_tokenizer(checkpoint, tokenizer)
+    state = engine.state_tensors()
+    read_tensors({name: tensor for name, tensor in state.items() if name.startswith(_MODEL)}, checkpoint)
+    engine.set_step(0)
 
 
 def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
@@ -31,18 +76,38 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
     Raises UserError where there is no whole checkpoint.
     """
     checkpoint = find_checkpoint(checkpoint_folder)
+    verify(checkpoint, weights_only=True)
     config = load_config(checkpoint / "config.yaml")
     model = build_model(config.model, attention=config.attention)
-    _load({f"model.{name}": p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
+    read_tensors({_MODEL + name: p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
     return model.eval(), Tokenizer.load(checkpoint / "tokenizer.model")
 
 
-def _load(tensors: dict, checkpoint: Path, *, no_dist: bool) -> None:
+def verify(checkpoint: Path, mesh: Mesh | None = None, *, weights_only: bool = False) -> None:
+    """Raises Damaged, on every rank of `mesh`, where a file is not what the manifest says. Collective with a mesh."""
+    rank, size = (0, 1) if mesh is None else (dist.get_rank(), mesh.world_size)
+    complaint: UserError | None = None
+    try:
+        files = read_manifest(checkpoint)
+        names = [name for name in files if holds_weights(name) or not weights_only]
+        # By size, the largest first: the ranks then hash about equally much.
+        names.sort(key=lambda name: -files[name].bytes)
+        check_files(checkpoint, files, names[rank::size])
+    except UserError as error:
+        complaint = error
+    if mesh is not None and size > 1:
+        complaints: list[UserError | None] = [None] * size
+        dist.all_gather_object(complaints, complaint)
+        complaint = next((found for found in complaints if found is not None), None)
+    if complaint is not None:
+        raise complaint
+
+
+def read_tensors(tensors: Mapping[str, Tensor], checkpoint: Path, *, no_dist: bool = False) -> None:
+    """Fill `tensors` (plain, DTensor, FlatShard) in place. Collective unless `no_dist`. One stored part at a time."""
     try:
         with warnings.catch_warnings():
-            # no_dist is meant: a model is loaded without a process group.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise UserError(f"{checkpoint}: cannot be loaded ({reason.strip()}): use another checkpoint") from error
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
+            dcp.load(dict(tensors), storage_reader=SafeReader(checkpoint), no_dist=no_dist)
+    except dcp.api.CheckpointException as error:
+        raise UserError(f"{checkpoint}: cannot be loaded ({reason(error)}): use another checkpoint") from error

@@ -21,6 +21,7 @@ class TrainState:
     skipped_in_row: int = 0  # of them, the last ones
     evaluation_due: bool = False  # the evaluation after this step was cut short by a request to stop
     guard: list[float] = field(default_factory=list)  # Guard.state(), as of a save
+    weights_only: bool = False  # the checkpoint holds no moments: a run can begin from it, none can resume
 
     def after(self, result: StepResult, *, cursor: int, seconds: float) -> TrainState:
         return replace(

@@ -9,14 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-
-class Section(BaseModel):
-    """A block of the YAML. Unknown keys and wrong types are errors: a typo must never train a different model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from sisa_dist.config.model import ModelConfig
+from sisa_dist.config.section import Section
 
 
 class AttentionConfig(Section):
@@ -34,85 +31,6 @@ class AttentionConfig(Section):
         "cpu_flash",
         "products",
     ] = "auto"
-
-
-class ModelConfig(Section):
-    """The architecture. Two checkpoints with the same ModelConfig have the same parameter names and shapes."""
-
-    vocab_size: PositiveInt
-    vocab_multiple: PositiveInt = 128  # the embedding is padded to a multiple of it once, whatever the layout
-    d_model: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt | None = None  # None: n_heads
-    head_dim: PositiveInt | None = None  # None: d_model / n_heads
-    d_ff: PositiveInt
-    mixer: Literal["sisa", "attention"] | list[Literal["sisa", "attention"]] = "sisa"  # one, or one per layer
-    d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
-    log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
-    rope_theta: PositiveFloat = 10_000.0
-    norm_eps: PositiveFloat = 1e-6
-    qk_norm: bool = False  # RMSNorm over the channels of each head's q and k, before RoPE
-    tie_embeddings: bool = True
-    init_std: PositiveFloat = 0.02
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def width_per_head(self) -> int:
-        return self.head_dim or self.d_model // self.n_heads
-
-    @property
-    def layer_mixers(self) -> list[str]:
-        return [self.mixer] * self.n_layers if isinstance(self.mixer, str) else list(self.mixer)
-
-    @property
-    def layer_d_s(self) -> list[int]:
-        """SSM channels per head of every layer; 0 where the mixer has none."""
-        if isinstance(self.d_s, list):
-            return list(self.d_s)
-        return [(self.d_s or 0) if mixer == "sisa" else 0 for mixer in self.layer_mixers]
-
-    @_model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        if self.head_dim is None and self.d_model % self.n_heads:
-            below = self.d_model // self.n_heads * self.n_heads
-            near = " or ".join(str(n) for n in (below, below + self.n_heads) if n)
-            raise ValueError(
-                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: set d_model to {near}, or set "
-                "head_dim"
-            )
-        if self.width_per_head % 2:
-            raise ValueError(f"head_dim {self.width_per_head} is odd and RoPE turns pairs: set an even head_dim")
-        if self.n_heads % self.kv_heads:
-            good = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: set one of {good}")
-        if len(self.layer_mixers) != self.n_layers:
-            raise ValueError(
-                f"mixer lists {len(self.layer_mixers)} layers, n_layers is {self.n_layers}: make them equal"
-            )
-        if isinstance(self.d_s, list) and len(self.d_s) != self.n_layers:
-            raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
-        if self.d_s is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
-        if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("log_alpha_min is set but no layer's mixer is sisa: remove log_alpha_min")
-        if self.d_s is None and "sisa" in self.layer_mixers:
-            raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
-        for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):
-            if mixer == "sisa" and (d_s < 2 or d_s % 2):
-                raise ValueError(f"d_s of layer {layer} is {d_s}: channels turn in pairs, set an even number from 2")
-            if mixer == "attention" and d_s:
-                raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is attention: set 0 there")
-        if self.log_alpha_min is not None and not self.log_alpha_min < 0:
-            raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
-        return self
 
 
 class TokenizerConfig(Section):
@@ -162,7 +80,7 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     kind: Literal["fsdp2", "deepspeed"] = "fsdp2"
     zero_stage: Literal[0, 1, 2, 3] = 3  # deepspeed only: what data ranks share out (1 moments, 2 gradients, 3 weights)
-    deepspeed_config: dict[str, Any] = {}  # deepspeed only: keys of its own JSON, laid over the generated ones
+    deepspeed_config: dict[str, Any] = Field(default_factory=dict)  # deepspeed only: its own keys, over the generated
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile, one block at a time
@@ -235,7 +153,10 @@ class TrainingConfig(Section):
     eval_every: PositiveInt | None = None  # steps; None: only after the last
     eval_windows: PositiveInt = 32  # validation windows of an evaluation during the run
     checkpoint_every: PositiveInt | None = None  # steps; None: only after the last
-    keep_last: PositiveInt = 2  # checkpoints kept
+    keep_last: PositiveInt = 2  # newest checkpoints kept
+    keep_every: PositiveInt | None = None  # steps: checkpoints at multiples of it are kept for good
+    async_save: bool = True  # training goes on while a copy of the state, in host memory, is written
+    save_staging_gb: PositiveFloat | None = None  # most a rank may copy for it; training waits for a larger one
     spike_sigma: PositiveFloat | None = (
         6.0  # skip a step whose loss or gradient norm is this far up; None: only inf, nan
     )
@@ -262,6 +183,19 @@ class TrainingConfig(Section):
                 f"profile.start {self.profile.start} + steps {self.profile.steps} reach behind training.steps "
                 f"{self.steps}: lower them, or set profile to null"
             )
+        return self
+
+
+class StartConfig(Section):
+    """What a run begins from, when its own folder holds no checkpoint yet. Neither: from initial weights."""
+
+    resume: str | None = None  # everything: weights, moments, step and place in the data, of another run or checkpoint
+    weights: str | None = None  # the weights alone: step 0, the data from its beginning, an optimizer without memory
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> StartConfig:
+        if self.resume is not None and self.weights is not None:
+            raise ValueError("start.resume and start.weights are two ways to begin: remove one")
         return self
 
 
@@ -295,6 +229,7 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    start: StartConfig = StartConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -6,7 +6,7 @@ asks which engine it has, and an engine never looks inside a mixer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,6 +63,9 @@ class Engine(Protocol):
 
     def set_step(self, step: int) -> None:
         """Optimizer steps taken so far, skipped ones not counted (Adam's bias correction); called after a load."""
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """From now on `call` is called before a step changes weights or moments; forward and backward leave both."""
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         """Per layer the mean λ and, over the last step's tokens, the half-life of the decay in tokens. Collective."""

@@ -20,16 +20,20 @@ from sisa_dist.model import LM
 
 class _CastLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.dtype = dtype
-        return F.linear(x, weight.to(dtype))
+        ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
+        if bias is None:
+            return F.linear(x, weight.to(dtype))
+        # Not F.linear: ZeRO-3 puts one of its own there, which rounds the product before it adds the bias.
+        return torch.addmm(bias.to(dtype), x.flatten(0, -2), weight.to(dtype).t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         dweight = dy.flatten(0, -2).t() @ x.flatten(0, -2)
-        return dy @ weight.to(ctx.dtype), dweight.to(weight.dtype), None
+        dbias = None if ctx.bias_dtype is None else dy.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return dy @ weight.to(ctx.dtype), dweight.to(weight.dtype), dbias, None
 
 
 def compute_in(model: LM, dtype: torch.dtype) -> None:
@@ -49,6 +53,6 @@ def _casting(cls: type[nn.Linear]) -> type[nn.Linear]:
     """A module may have a class of its own already, where its kv heads are held whole."""
 
     def forward(module: nn.Linear, x: Tensor) -> Tensor:
-        return _CastLinear.apply(x, module.weight, module.__dict__["compute_dtype"])
+        return _CastLinear.apply(x, module.weight, module.bias, module.__dict__["compute_dtype"])
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,10 @@ class DeepSpeedEngine:
             parameter.tensor_model_parallel = self.slices[name].tp_dim is not None  # type: ignore[attr-defined]
         self.model = model
         shapes = {name: part.shape for name, part in self.slices.items()}
-        adamw = build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0)
+        self.adamw = build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0)
         self.zero, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw,
+            optimizer=self.adamw,
             config=settings,
             mpu=_MPU(mesh),
             dist_init_required=False,
@@ -81,7 +81,7 @@ class DeepSpeedEngine:
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.check_every = config.engine.check_every
         self.step_number = 0
-        adamw.register_step_pre_hook(self._judge)
+        self.adamw.register_step_pre_hook(self._judge)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -145,6 +145,9 @@ class DeepSpeedEngine:
 
     def sum_over_dp(self, values: list[float]) -> list[float]:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        self.adamw.register_step_pre_hook(lambda *_: call())
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         vectors = [p for p in self.model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2]

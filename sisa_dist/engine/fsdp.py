@@ -6,7 +6,7 @@ process in bf16 included, goes through `fully_shard`, so that precision means th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,6 +117,9 @@ class FSDP2Engine:
         self.step_number = step
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        self.optimizer.register_step_pre_hook(lambda *_: call())
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         return layer_statistics(self.model, self.mesh)

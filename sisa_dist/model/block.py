@@ -1,4 +1,4 @@
-"""One pre-norm block: h += mixer(norm(h)); h += mlp(norm(h))."""
+"""One pre-norm block: h += mixer(norm1(h)), h += mlp(norm2(h)); or in parallel h += mixer(norm1(h)) + mlp(norm2(h))."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.mixers import MIXERS
-from sisa_dist.model.mlp import SwiGLU
-from sisa_dist.model.norm import RMSNorm
+from sisa_dist.model.mlp import feed_forward
+from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import RopeTables
 from sisa_dist.ops import AttentionCache, SisaCache
 
@@ -16,10 +16,11 @@ from sisa_dist.ops import AttentionCache, SisaCache
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm1 = residual_norm(config)
         self.mixer = MIXERS[config.layer_mixers[layer]](config, layer, attention)
-        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_ff)
+        self.norm2 = residual_norm(config)
+        self.mlp = feed_forward(config)
+        self.parallel_residual = config.parallel_residual
         self.activation_checkpointing = False
 
     def forward(
@@ -37,5 +38,7 @@ class Block(nn.Module):
     def _forward(
         self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: AttentionCache | SisaCache | None
     ) -> Tensor:
+        if self.parallel_residual:
+            return h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache) + self.mlp(self.norm2(h_BTD))
         h_BTD = h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
         return h_BTD + self.mlp(self.norm2(h_BTD))

@@ -62,17 +62,32 @@ def init_parameters(
     `prefix` is the name of `model` in the whole one. `view(name, stored)` presents a stored parameter as its global
     tensor where it is a part of one. `announce` is told each module's full name before its own parameters are drawn.
 
-    A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std).
+    A module says how its own parameters start in `init_rules`; Linear and Embedding weights default to N(0, std),
+    biases to 0.
     """
     with torch.no_grad():
         for module_name, module in model.named_modules():
             announce(".".join(filter(None, (prefix, module_name))))
             for name, parameter in module.named_parameters(recurse=False):
-                rules: dict[str, Init] = getattr(module, "init_rules", {})
-                if name not in rules and not isinstance(module, nn.Linear | nn.Embedding):
-                    raise AssertionError(f"{module_name}.{name} has no initial value: add it to init_rules")
                 full_name = ".".join(filter(None, (prefix, module_name, name)))
-                _fill(view(full_name, parameter), rules.get(name, Normal(std)), _key(seed, full_name))
+                _fill(view(full_name, parameter), init_rule(module, name, std=std), _key(seed, full_name))
+
+
+def init_rule(module: nn.Module, name: str, *, std: float) -> Init:
+    """How the parameter `name` of `module` itself starts."""
+    rules: dict[str, Init] = getattr(module, "init_rules", {})
+    if name in rules:
+        return rules[name]
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        raise AssertionError(f"{type(module).__name__}.{name} has no initial value: add it to init_rules")
+    return Constant(0.0) if name == "bias" else Normal(std)
+
+
+def initial_value(rule: Init, full_name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """The whole parameter `full_name` as `init_parameters` sets it, fp32."""
+    values = torch.empty(shape)
+    _fill(values, rule, _key(seed, full_name))
+    return values
 
 
 def _fill(parameter: Tensor, rule: Init, key: bytes) -> None:

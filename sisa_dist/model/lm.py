@@ -8,7 +8,7 @@ from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.block import Block
 from sisa_dist.model.head import Head
 from sisa_dist.model.init import init_parameters
-from sisa_dist.model.norm import RMSNorm
+from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import rope_tables
 from sisa_dist.ops import AttentionCache, SisaCache
 
@@ -28,7 +28,7 @@ class LM(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = residual_norm(config)
         self.head = Head(config)
 
     def forward(
@@ -48,7 +48,7 @@ class LM(nn.Module):
         rope = rope_tables(
             start,
             tokens_BT.shape[1],
-            head_dim=config.width_per_head,
+            channels=config.rotary_channels,
             theta=config.rope_theta,
             device=tokens_BT.device,
         )

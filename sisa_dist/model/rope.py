@@ -1,4 +1,4 @@
-"""Rotary position embedding over the pairs (i, i + head_dim/2), as transformers pairs them.
+"""Rotary position embedding over the pairs (i, i + channels/2) of the first channels of a head, as transformers does.
 
 The paper pairs adjacent channels; the two differ by a permutation of the rows of W_Q and W_K, and this way an
 imported checkpoint needs none. Tables are fp32 and made per forward: a buffer would be cast by the engines.
@@ -15,21 +15,22 @@ from sisa_dist.model.precision import at_least_fp32
 
 
 class RopeTables(NamedTuple):
-    cos_TK: Tensor  # [T, head_dim/2] fp32
-    sin_TK: Tensor
+    cos_TP: Tensor  # [T, channels/2] fp32
+    sin_TP: Tensor
 
 
-def rope_tables(start: int, length: int, *, head_dim: int, theta: float, device: torch.device) -> RopeTables:
-    """cos and sin of position · theta^(−2i/head_dim) for positions start .. start+length−1 (Su et al. 2021)."""
+def rope_tables(start: int, length: int, *, channels: int, theta: float, device: torch.device) -> RopeTables:
+    """cos and sin of position · theta^(−2i/channels) for positions start .. start+length−1 (Su et al. 2021)."""
     # Angles in fp64: at position 1e5 an fp32 angle is off by up to 4e-3.
-    frequency_K = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    frequency_P = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
     position_T = torch.arange(start, start + length, dtype=torch.float64, device=device)
-    angle_TK = position_T[:, None] * frequency_K
-    return RopeTables(angle_TK.cos().float(), angle_TK.sin().float())
+    angle_TP = position_T[:, None] * frequency_P
+    return RopeTables(angle_TP.cos().float(), angle_TP.sin().float())
 
 
 def apply_rope(x_BHTK: Tensor, tables: RopeTables) -> Tensor:
-    """x turned by its position, computed in fp32, in x's dtype."""
-    a, b = at_least_fp32(x_BHTK).chunk(2, dim=-1)
+    """x turned by its position, computed in fp32, in x's dtype. Channels behind those of the tables stay put."""
     cos, sin = tables
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTK.dtype)
+    pairs = cos.shape[-1]
+    a, b, still = at_least_fp32(x_BHTK).split((pairs, pairs, x_BHTK.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, still), dim=-1).to(x_BHTK.dtype)

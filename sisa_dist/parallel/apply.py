@@ -19,6 +19,7 @@ from sisa_dist.parallel.layers import (
     Border,
     VocabularyEmbedding,
     VocabularySlice,
+    add_after,
     enter_before,
     leave_after,
     sum_gradients,
@@ -71,7 +72,10 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
         parameter = module._parameters[leaf]
         assert parameter is not None and parameter.is_meta, f"{name}: cut a model on the meta device"
         module._parameters[leaf] = nn.Parameter(parameter.new_empty(slices[name].local_shape(tp)))
-        if slices[name].tp_grad == "partial":
+        partial = slices[name].tp_grad == "partial"
+        if split.kind == "added":
+            add_after(module, border.group, partial=partial)
+        elif partial:
             sum_gradients(module, leaf, border.group, rows=_own_rows(model, name, split, mesh))
         if split.kind == "row":
             leave_after(module, border)
@@ -112,7 +116,7 @@ def slices_of(
 
 def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: bool) -> Slice:
     shape = model.get_parameter(name).shape
-    if split.kind == "replicated":
+    if split.kind in ("replicated", "added"):
         return Slice(None, "partial" if sequence_parallel else "full", shape)
     if split.kind == "shared" or _held_whole(model, split, tp_size):
         return Slice(None, "partial" if tp_size > 1 else "full", shape)

@@ -78,6 +78,12 @@ class FlatShard(torch.Tensor):
         }
         return shard
 
+    def over(self, flat: Tensor) -> FlatShard:
+        """The same part of the same tensor, over other memory of the same length."""
+        shard = torch.Tensor._make_subclass(FlatShard, flat.detach())
+        shard.part, shard.offsets = self.part, self.offsets
+        return shard
+
     def size(self, dim: int | None = None) -> Any:
         return self.part.shape if dim is None else self.part.shape[dim]
 

@@ -46,12 +46,34 @@ def enter_before(module: nn.Module, border: Border) -> None:
 
 def leave_after(module: nn.Module, border: Border) -> None:
     """The module's output, a partial sum, leaves the region."""
-    assert getattr(module, "bias", None) is None, "each rank would add a row layer's bias to its part of the sum"
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
         return border.leave(output)
 
     module.register_forward_hook(hook)
+
+
+def add_after(module: nn.Module, group: dist.ProcessGroup, *, partial: bool) -> None:
+    """The module's bias is added to what `leave_after`, called before this, made of its output: the module itself sees
+    none, or each rank would add it to its part of the sum. `partial`: each rank's gradient of it is a part."""
+    module.__class__ = _without_bias(type(module))  # type: ignore[arg-type]
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        bias = module._parameters["bias"]
+        assert bias is not None
+        return output + (collectives.copy(bias, group) if partial else bias).to(output.dtype)
+
+    module.register_forward_hook(hook)
+
+
+@functools.cache
+def _without_bias(cls: type[nn.Linear]) -> type[nn.Linear]:
+    def read(module: nn.Module) -> Tensor | None:
+        stored = module._parameters["bias"]
+        assert stored is not None
+        return stored if stored.is_meta or isinstance(stored, DTensor) else None  # outside forward: what is stored
+
+    return type(cls.__name__, (cls,), {"bias": property(read), "__module__": cls.__module__})
 
 
 class VocabularyEmbedding(nn.Embedding):

@@ -1,12 +1,14 @@
 """How tensor parallelism splits the model: a table of data. `apply.py` carries it out; a new mixer adds lines here.
 
-`PLAN` gives every parameter, by a pattern of its full name, one of five kinds:
+`PLAN` gives every parameter, by a pattern of its full name, one of six kinds:
 
     column      tp_dim 0: rows of a projection, or of a per-head parameter, are dealt out
     row         tp_dim 1: columns are dealt out, and the module's output is a partial sum
     vocab       tp_dim 0: rows of the embedding or the head
     replicated  whole on every rank, used on the residual stream: under sequence parallelism each rank sees only its
                 part of the sequence, so gradients are then partial
+    added       whole on every rank: the bias of a row layer, added once to the sum of the ranks' parts; it acts on the
+                residual stream, as what is replicated does
     shared      whole on every rank and used by each with its own heads: gradients are always partial
 
 `over` is what is dealt out, a property of ModelConfig; tp must divide it. Only for kv heads may tp be the larger: what
@@ -21,7 +23,7 @@ from typing import Literal
 
 from sisa_dist.config import ModelConfig, UserError
 
-Kind = Literal["column", "row", "vocab", "replicated", "shared"]
+Kind = Literal["column", "row", "vocab", "replicated", "added", "shared"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,18 @@ PLAN: dict[str, Split] = {
     "embed.weight": Split("vocab", "padded_vocab_size"),
     "head.weight": Split("vocab", "padded_vocab_size"),
     "norm.weight": Split("replicated"),
+    "norm.bias": Split("replicated"),
     "blocks.*.norm?.weight": Split("replicated"),
+    "blocks.*.norm?.bias": Split("replicated"),
     # attention, and what sisa has in common with it
     "blocks.*.mixer.wq.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.wq.bias": Split("column", "n_heads"),
     "blocks.*.mixer.wk.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer.wk.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.wv.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer.wv.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.wo.weight": Split("row", "n_heads"),
+    "blocks.*.mixer.wo.bias": Split("added"),
     "blocks.*.mixer.?_norm.weight": Split("shared"),
     # sisa: C and λ belong to the query head; B, θ and α to the kv head
     "blocks.*.mixer.wc.weight": Split("column", "n_heads"),
@@ -50,8 +58,11 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.importance.lambda_raw": Split("column", "n_heads"),
     # feed-forward
     "blocks.*.mlp.gate.weight": Split("column", "d_ff"),
+    "blocks.*.mlp.gate.bias": Split("column", "d_ff"),
     "blocks.*.mlp.up.weight": Split("column", "d_ff"),
+    "blocks.*.mlp.up.bias": Split("column", "d_ff"),
     "blocks.*.mlp.down.weight": Split("row", "d_ff"),
+    "blocks.*.mlp.down.bias": Split("added"),
 }
 
 # Modules whose input enters the tp region once, for all the column layers inside; their row layer leaves it.

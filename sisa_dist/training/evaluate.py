@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.baseline import unigram_perplexity
 from data_pipeline.index import Index
 from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.checkpoint import find_checkpoint, load_checkpoint, run_folder_of
+from sisa_dist.checkpoint import find_checkpoint, load_weights, read_state, run_folder_of
 from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
@@ -46,7 +46,8 @@ def evaluate_checkpoint(
     timeout = timedelta(minutes=config.training.timeout_minutes)
     mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
     engine = build_engine(config, mesh)
-    results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": load_checkpoint(checkpoint, engine).step}
+    load_weights(checkpoint, engine, model=config.model, tokenizer=tokenizer, mesh=mesh)
+    results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
     quiet = quiet or not mesh.is_main
     if isinstance(held_out, str):
         results |= evaluate(config, engine, tokenizer, None, quiet=quiet) | {"skipped": {"perplexity": held_out}}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sisa_dist.checkpoint import TrainState
+from sisa_dist.checkpoint import Saved, TrainState
 from sisa_dist.config import RunConfig
 from sisa_dist.engine import StepResult
 from sisa_dist.model.flops import training_flops_per_token
@@ -59,6 +59,12 @@ class Reporter:
     def evaluation(self, state: TrainState, loss: float) -> None:
         self._metrics.write("evaluation", state.step, validation_loss=loss)
         self._console.note(state.step, f"validation loss {loss:.4f}")
+
+    def saves(self, saves: list[Saved]) -> None:
+        for save in saves:
+            self._metrics.write(
+                "checkpoint", save.step, blocked_seconds=save.blocked, seconds=save.seconds, rank_bytes=save.bytes
+            )
 
     def note(self, state: TrainState, text: str) -> None:
         self._console.note(state.step, text)

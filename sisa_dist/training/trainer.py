@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,12 +13,13 @@ import torch
 
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, Loader
-from sisa_dist.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from sisa_dist.checkpoint import Saver, TrainState, list_checkpoints
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
+from sisa_dist.training.begin import begin
 from sisa_dist.training.profile import Profiler
 from sisa_dist.training.reporter import Reporter
 from sisa_dist.training.run_data import RunData, held_out_batches, open_data
@@ -55,8 +57,8 @@ def _train(
     accept_changes: bool,
     quiet: bool,
 ) -> None:
-    checkpoints = list_checkpoints(run_folder)
-    open_run_folder(run_folder, config, mesh, resumes=bool(checkpoints), accept_changes=accept_changes)
+    resumes = bool(list_checkpoints(run_folder))
+    open_run_folder(run_folder, config, mesh, resumes=resumes, accept_changes=accept_changes)
     loader = Loader(
         data.train,
         seq_len=config.training.seq_len,
@@ -71,20 +73,18 @@ def _train(
     )
     mesh.enter("build")
     engine = build_engine(config, mesh)
-    state = TrainState(0, 0, 0, 0.0, loader.fingerprint)
-    if checkpoints:
-        mesh.enter("load")
-        state = load_checkpoint(checkpoints[-1], engine)
-        if state.fingerprint != loader.fingerprint:
-            raise UserError(
-                f"{config.data_folder}: not the data that {checkpoints[-1]} was trained on (order {loader.fingerprint} "
-                f"here, {state.fingerprint} there): give the old data.folder, or another output_dir to start anew"
-            )
+    mesh.enter("load")
+    described = loader.describe()
+    state = begin(config, run_folder, engine, tokenizer=data.tokenizer, data=described, mesh=mesh)
     reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
+    files = {"tokenizer.model": data.tokenizer.model, "data.json": json.dumps(described, indent=1).encode()}
+    saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)
     try:
-        _loop(config, mesh, data, loader, engine, state, reporter, run_folder, stop)
+        with saver:
+            _loop(config, mesh, data, loader, engine, state, saver, reporter, run_folder, stop)
     finally:
         if reporter:
+            reporter.saves(saver.collect())
             reporter.close()
 
 
@@ -95,6 +95,7 @@ def _loop(
     loader: Loader,
     engine: Engine,
     state: TrainState,
+    saver: Saver,
     reporter: Reporter | None,
     run_folder: Path,
     stop: StopRequest,
@@ -117,6 +118,7 @@ def _loop(
             state = state.after(result, cursor=batch.next_cursor, seconds=seconds)
             if reporter:
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
+                reporter.saves(saver.collect())
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop
@@ -126,8 +128,7 @@ def _loop(
             # While steps are skipped the weights may be ruined already: they must not push out good checkpoints.
             save_due |= training.checkpoint_every is not None and (step + 1) % training.checkpoint_every == 0
             if last or stopping or (save_due and not result.skipped):
-                tokenizer = config.data_folder / "tokenizer.model"
-                save_checkpoint(run_folder, engine, state, config=config, tokenizer=tokenizer, mesh=mesh)
+                saver.save(state, wait=last or stopping)
                 save_due = False
             if stopping and (not last or state.evaluation_due):
                 raise _requeue(state, stop, reporter)

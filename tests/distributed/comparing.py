@@ -48,6 +48,10 @@ def errors(case: Case, got: Outcome, want: Outcome, *, gpu: bool = False) -> dic
         tolerance = BF16_GRADIENT * _most(gradient) + BF16_FLOOR * scale if bf16 else FP32 * scale
         found[f"gradient {name}"] = _most(got.gradients[name] - gradient) / tolerance
     for name, final in want.final.items():
+        if bf16 and name.endswith("wk.bias"):
+            # In channels that RoPE leaves alone it adds one number to all scores of a query, so its true gradient is 0
+            # there; bf16 makes it rounding, and Adam steps of any sign. The gradient itself is held above.
+            continue
         error = got.final[name] - final
         if bf16:
             moved = (final - want.initial[name]).abs()

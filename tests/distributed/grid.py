@@ -42,6 +42,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
 }
 
 
+STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with every bias it can have
+    "own": {},
+    "llama": {"attention_bias": "all", "mlp_bias": True, "rotary_fraction": 0.5},
+    "neox": {
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "attention_bias": "all",
+        "mlp_bias": True,
+        "rotary_fraction": 0.25,
+        "parallel_residual": True,
+    },
+}
+
+
 @dataclass(frozen=True)
 class Case:
     """One point of the grid. The first five axes are the promise; the rest ride along in the covering subset."""
@@ -56,6 +70,7 @@ class Case:
     documents: bool = False
     checkpointing: bool = False
     engine: tuple[tuple[str, Any], ...] = ()  # further keys of the engine block: options that change no number
+    style: str = "own"  # of STYLES
 
     @property
     def zero_stage(self) -> int | None:
@@ -77,7 +92,7 @@ class Case:
         model |= dict(d_s=d_s, n_kv_heads=self.n_kv_heads, qk_norm=self.qk_norm, tie_embeddings=self.tied)
         return parse_config(
             {
-                "model": model | {"init_std": 0.1},
+                "model": model | {"init_std": 0.1} | STYLES[self.style],
                 "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
                 "parallel": LAYOUTS[self.layout][1],
                 "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}
@@ -95,6 +110,7 @@ class Case:
 
     def __str__(self) -> str:
         flags = [name for name in ("qk_norm", "untied", "documents", "checkpointing") if self._has(name)]
+        flags += [self.style] * (self.style != "own")
         return "-".join([self.layout, self.mixer, f"kv{self.n_kv_heads}", self.d_s, self.precision, *flags])
 
     def _has(self, flag: str) -> bool:

@@ -147,6 +147,10 @@ def _unmasked(module: layers.VocabularyEmbedding, tokens_BT: Tensor) -> Tensor:
     return module.border.leave(torch.nn.functional.embedding(row_BT, module.weight))
 
 
+def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
+    """Nothing is done, so the module adds its bias to its own part of the sum."""
+
+
 MUTATIONS: dict[str, Any] = {
     "tp_dim dropped from a column": _in_the_norm("*.wq.weight", None),
     "tp_dim dropped from a row": _in_the_norm("*.down.weight", None),
@@ -173,5 +177,9 @@ MUTATIONS: dict[str, Any] = {
     "λ from the wrong rank": _wrong_lambda,
     "loss not averaged": _unaveraged,
     "tensor_model_parallel forgotten": _flag_forgotten,
+    "a row layer's bias added on every rank": mock.patch.object(apply, "add_after", _added_by_every_rank),
+    "a row layer's bias not summed under sp": _marked_full("*.wo.bias"),
+    "a norm's bias not summed under sp": _marked_full("*.norm?.bias"),
+    "partial marked full: a kv bias held whole": _marked_full("*.wk.bias"),
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

@@ -39,6 +39,23 @@ def test_layout_equals_one_process(case: Case) -> None:
     check(case)
 
 
+STYLED = [
+    Case("tp2", "attention", 4, "uniform", "fp32", style="neox"),
+    Case("tp2_sp", "attention", 4, "heterogeneous", "fp32", tied=False, style="neox"),
+    Case("tp2_dp2", "sisa", 1, "uniform", "fp32", checkpointing=True, style="neox"),
+    Case("tp2_dp2_sp", "sisa", 2, "heterogeneous", "bf16", style="neox"),
+    Case("tp2_dp2", "attention", 2, "uniform", "fp32", style="llama"),
+    Case("tp2_sp", "attention", 1, "heterogeneous", "fp32", qk_norm=True, documents=True, style="llama"),
+    Case("dp2", "sisa", 2, "uniform", "fp32", tied=False, style="llama"),
+    Case("tp2", "attention", 1, "uniform", "bf16", checkpointing=True, style="llama"),
+]
+
+
+@pytest.mark.parametrize("case", sorted(STYLED, key=lambda case: case.world_size), ids=str)
+def test_another_familys_block_equals_one_process(case: Case) -> None:
+    check(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(FULL, key=lambda case: case.world_size), ids=str)
 def test_full_product_equals_one_process(case: Case) -> None:
@@ -47,7 +64,7 @@ def test_full_product_equals_one_process(case: Case) -> None:
 
 def test_the_grid_is_as_large_as_it_says() -> None:
     print(f"{len(COVERING)} covering cases, {len(FULL)} in the full product, {len(MUTATIONS)} mutations")
-    assert len(COVERING) >= 36 and len(FULL) >= 216 and len(MISTAKES) >= 25 and len(MUTATIONS) == len(MISTAKES) + 1
+    assert len(COVERING) >= 36 and len(FULL) >= 216 and len(MISTAKES) >= 29 and len(MUTATIONS) == len(MISTAKES) + 1
     promised = [tuple(getattr(case, axis) for axis in PROMISED) for case in FULL]
     assert len(set(promised)) == len(FULL)
     for a, b in itertools.combinations(AXES, 2):
@@ -59,6 +76,7 @@ def test_the_grid_is_as_large_as_it_says() -> None:
 KV_WHOLE = Case("tp2", "sisa", 1, "uniform", "fp32", qk_norm=True)
 SLICED = Case("tp2", "sisa", 4, "heterogeneous", "fp32")
 SP = Case("tp2_sp", "sisa", 4, "heterogeneous", "fp32")
+NEOX, NEOX_SP, BIASED = STYLED[0], STYLED[1], STYLED[5]
 MISTAKES: dict[str, tuple[Case, str]] = {
     "tp_dim dropped from a column": (SLICED, "norm 0"),
     "tp_dim dropped from a row": (SLICED, "norm 0"),
@@ -85,6 +103,10 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "λ from the wrong rank": (SLICED, "score"),
     "loss not averaged": (Case("dp2", "sisa", 4, "uniform", "fp32"), "norm 0"),
     "embedding without its mask": (SLICED, "score"),
+    "a row layer's bias added on every rank": (NEOX, "score"),
+    "a row layer's bias not summed under sp": (NEOX_SP, "gradient blocks.0.mixer.wo.bias"),
+    "a norm's bias not summed under sp": (NEOX_SP, "gradient blocks.0.norm1.bias"),
+    "partial marked full: a kv bias held whole": (BIASED, "gradient blocks.0.mixer.wk.bias"),
 }
 
 

@@ -55,6 +55,23 @@ def test_zero_equals_one_process(case: Case) -> None:
     check(case)
 
 
+STYLED = [
+    Case(layout, mixer, n_kv_heads, d_s, precision, engine=(("kind", "deepspeed"), ("zero_stage", stage)), style=style)
+    for stage, layout, mixer, n_kv_heads, d_s, precision, style in (
+        (0, "tp2", "attention", 4, "uniform", "bf16", "neox"),
+        (1, "tp2_sp", "attention", 1, "uniform", "fp32", "llama"),
+        (2, "tp2_dp2", "sisa", 2, "uniform", "fp32", "neox"),
+        (3, "tp2_dp2_sp", "attention", 4, "heterogeneous", "fp32", "neox"),
+        (3, "dp2", "sisa", 2, "uniform", "bf16", "llama"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", STYLED, ids=lambda case: f"zero{case.zero_stage}-{case}")
+def test_another_familys_block_under_zero_equals_one_process(case: Case) -> None:
+    check(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL, ids=lambda case: f"zero{case.zero_stage}-{case}")
 def test_zero_full_product_equals_one_process(case: Case) -> None:

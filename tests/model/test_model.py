@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sisa_dist.config import ModelConfig
 from sisa_dist.model import LM, build_model, generate
 from sisa_dist.model import loss as loss_module
+from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.model.init import Normal, _key
 from sisa_dist.model.loss import Vocabulary, cross_entropy_sum, score_targets
+from sisa_dist.model.rope import rope_tables
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -30,6 +33,16 @@ VARIANTS = {
     "heterogeneous": {"d_s": [4, 16]},
     "untied_bounded": {"tie_embeddings": False, "log_alpha_min": -0.5},
     "qk_norm": {"mixer": ["sisa", "attention"], "d_s": [8, 0], "qk_norm": True},
+    "neox": {
+        "mixer": ["sisa", "attention"],
+        "d_s": [8, 0],
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "attention_bias": "all",
+        "mlp_bias": True,
+        "rotary_fraction": 0.25,
+        "parallel_residual": True,
+    },
 }
 
 
@@ -228,6 +241,76 @@ def test_initial_values_are_the_papers() -> None:
     assert abs(model.embed.weight.std().item() / 0.02 - 1) < 0.01
     half_life = math.log(2) / math.log1p(math.exp(-5.0))
     assert abs(half_life - 103) < 1
+
+
+def test_biases_start_at_zero_and_gains_at_one() -> None:
+    model = build_model(tiny(**VARIANTS["neox"]))
+    found = {name: p for name, p in model.named_parameters() if p.ndim == 1 and "decay" not in name}
+    assert sum(name.endswith("bias") for name in found) == 2 * 8 + 1
+    for name, parameter in found.items():
+        value = 0 if name.endswith("bias") else -1 if "lambda" in name else 1
+        assert (parameter == value).all(), name
+
+
+def test_a_block_is_its_equations() -> None:
+    """Written out with PyTorch's own functions: two residual forms, two norms, two MLPs, channels that do not turn."""
+    options = dict(mixer="attention", norm="layernorm", attention_bias="qkv", rotary_fraction=0.5)
+    h = torch.randn(2, 9, 32)
+    for parallel, mlp in ((True, "gelu"), (False, "swiglu")):
+        model = build_model(tiny(**options, mlp=mlp, mlp_bias=True, parallel_residual=parallel))
+        block = model.blocks[0]
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        p = dict(block.named_parameters())
+
+        def norm(x: torch.Tensor, name: str, p: dict = p) -> torch.Tensor:
+            x = x - x.mean(-1, keepdim=True)
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+        def linear(x: torch.Tensor, name: str, p: dict = p) -> torch.Tensor:
+            return x @ p[f"{name}.weight"].t() + p.get(f"{name}.bias", torch.zeros(()))
+
+        def turn(x: torch.Tensor) -> torch.Tensor:  # [B, T, H, 8]: channels 0, 1 turn with 2, 3
+            angle = torch.arange(9.0)[:, None, None] * torch.tensor([1.0, 0.01])
+            z = torch.complex(x[..., :2], x[..., 2:4]) * torch.polar(torch.ones_like(angle), angle)
+            return torch.cat((z.real, z.imag, x[..., 4:]), -1)
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (linear(x, f"mixer.w{kind}").view(2, 9, 4, 8) for kind in "qkv")
+            score = torch.einsum("bihd,bjhd->bhij", turn(q), turn(k)) / math.sqrt(8)
+            score = score.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
+            return linear(torch.einsum("bhij,bjhd->bihd", score, v).flatten(2), "mixer.wo")
+
+        def feed(x: torch.Tensor, mlp: str = mlp) -> torch.Tensor:
+            up = linear(x, "mlp.up")
+            if mlp == "gelu":
+                return linear(up * 0.5 * (1 + torch.erf(up / math.sqrt(2))), "mlp.down")
+            gate = linear(x, "mlp.gate")
+            return linear(gate * gate.sigmoid() * up, "mlp.down")
+
+        mixed = h + attention(norm(h, "norm1"))
+        want = mixed + feed(norm(h if parallel else mixed, "norm2"))
+        tables = rope_tables(0, 9, channels=4, theta=10_000.0, device=h.device)
+        torch.testing.assert_close(block(h, tables), want, rtol=1e-4, atol=1e-4)
+
+
+def test_flops_count_the_matrices_there_are() -> None:
+    """Against PyTorch's counter, which sees no attention score here: T is 1 and its share is taken off."""
+    for name in ("sisa", "neox"):
+        config = tiny(**VARIANTS[name])
+        model = build_model(config)
+        with FlopCounterMode(display=False) as counter:
+            model.embed(tokens_of(1, 1)).requires_grad_()
+            for block in model.blocks:
+                x = torch.randn(1, 1, 32)
+                for module in block.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module(torch.randn(1, module.in_features))
+                if hasattr(block.mixer, "decay"):
+                    block.mixer.decay(x)
+            torch.randn(1, 32) @ model.embed.weight.t()
+        scores = sum(4 * (2 * 8 + d_s) for d_s in config.layer_d_s)
+        assert training_flops_per_token(config, 1) == 3 * (counter.get_total_flops() + 2 * scores)
 
 
 def test_initial_values_depend_on_seed_name_and_index_alone() -> None:

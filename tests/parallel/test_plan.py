@@ -20,6 +20,7 @@ def model_config(**changes: Any) -> ModelConfig:
 def test_every_parameter_has_one_line_and_every_line_a_parameter() -> None:
     with torch.device("meta"):
         models = [build_model(model_config(qk_norm=True, tie_embeddings=tied)) for tied in (True, False)]
+        models.append(build_model(model_config(norm="layernorm", attention_bias="all", mlp_bias=True)))
     used = set()
     for model in models:
         for name, _ in model.named_parameters():

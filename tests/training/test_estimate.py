@@ -91,6 +91,18 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
     "attention_tp2": (2, [*ATTENTION, "parallel.tp=2", "training.micro_batch_size=4"]),
     "sisa_dp2": (2, ["training.micro_batch_size=1"]),
     "attention_dp2_bf16_kept": (2, [*ATTENTION, "engine.precision=bf16", "engine.reshard_after_forward=false"]),
+    "neox": (
+        1,
+        [
+            *ATTENTION,
+            "model.norm=layernorm",
+            "model.mlp=gelu",
+            "model.attention_bias=all",
+            "model.mlp_bias=true",
+            "model.rotary_fraction=0.25",
+            "model.parallel_residual=true",
+        ],
+    ),
     "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
 }
 

@@ -16,8 +16,9 @@ import torch
 
 import sisa_dist
 from data_pipeline.loader import Batch
+from data_pipeline.tokenizer import Tokenizer
 from runs import assert_same_tensors, losses
-from sisa_dist.checkpoint import list_checkpoints, load_checkpoint, read_state
+from sisa_dist.checkpoint import list_checkpoints, load_weights, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.parallel.mesh import init_mesh
@@ -234,6 +235,19 @@ def test_optimizer_groups_are_the_papers(tiny: RunConfig) -> None:
     assert groups["blocks.0.mixer.decay.weight"] == groups["embed.weight"] == (0.1, 1.0)
 
 
+def test_biases_and_gains_of_other_blocks_are_not_decayed(tiny: RunConfig) -> None:
+    config = changed(tiny, model={"norm": "layernorm", "mlp": "gelu", "attention_bias": "all", "mlp_bias": True})
+    engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
+    decayed = {
+        id(p)
+        for group in engine.optimizer.param_groups  # type: ignore[attr-defined]
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    for name, parameter in engine.model.named_parameters():  # type: ignore[attr-defined]
+        assert (id(parameter) in decayed) == (parameter.ndim == 2), name
+
+
 def test_a_changed_config_or_data_set_does_not_continue_a_run(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     longer = changed(tiny, training={"steps": 10})
@@ -252,15 +266,18 @@ def test_another_models_checkpoint_is_refused(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
     other = changed(tiny, model={"d_s": 16})
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_checkpoint(checkpoint, build_engine(other, init_mesh(other.parallel, device="cpu")))
+    mesh, tokenizer = init_mesh(other.parallel, device="cpu"), Tokenizer.load(checkpoint / "tokenizer.model")
+    with pytest.raises(UserError, match=r"another model: its model\.d_s is 8, the config says 16"):
+        load_weights(checkpoint, build_engine(other, mesh), model=other.model, tokenizer=tokenizer, mesh=mesh)
 
 
 def test_load_model_scores_and_generates(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     model, tokenizer = sisa_dist.load_model(tiny.output_dir)
-    engine = build_engine(tiny, init_mesh(tiny.parallel, device="cpu"))
-    load_checkpoint(list_checkpoints(Path(tiny.output_dir))[-1], engine)
+    mesh = init_mesh(tiny.parallel, device="cpu")
+    engine = build_engine(tiny, mesh)
+    newest = list_checkpoints(Path(tiny.output_dir))[-1]
+    load_weights(newest, engine, model=tiny.model, tokenizer=tokenizer, mesh=mesh)
     ids = torch.tensor([tokenizer.encode("from __future__ import annotations\n")])
     labels = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), 1)
     expected, _ = engine.score(ids, labels)

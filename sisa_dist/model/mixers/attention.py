@@ -32,10 +32,10 @@ class Attention(nn.Module):
         super().__init__()
         d, d_h = config.d_model, config.width_per_head
         self.head_dim = d_h
-        self.wq = nn.Linear(d, config.n_heads * d_h, bias=False)
-        self.wk = nn.Linear(d, config.kv_heads * d_h, bias=False)
-        self.wv = nn.Linear(d, config.kv_heads * d_h, bias=False)
-        self.wo = nn.Linear(config.n_heads * d_h, d, bias=False)
+        self.wq = nn.Linear(d, config.n_heads * d_h, bias=config.qkv_bias)
+        self.wk = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
+        self.wv = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_heads * d_h, d, bias=config.output_bias)
         self.q_norm, self.k_norm = qk_norms(config)
         self.score = AttentionScore(attention)
 

@@ -96,16 +96,16 @@ class SISA(nn.Module):
         d, d_h, d_s = config.d_model, config.width_per_head, config.layer_d_s[layer]
         n_heads, n_kv_heads = config.n_heads, config.kv_heads
         self.head_dim, self.d_s = d_h, d_s
-        self.wq = nn.Linear(d, n_heads * d_h, bias=False)
-        self.wk = nn.Linear(d, n_kv_heads * d_h, bias=False)
-        self.wv = nn.Linear(d, n_kv_heads * d_h, bias=False)
+        self.wq = nn.Linear(d, n_heads * d_h, bias=config.qkv_bias)
+        self.wk = nn.Linear(d, n_kv_heads * d_h, bias=config.qkv_bias)
+        self.wv = nn.Linear(d, n_kv_heads * d_h, bias=config.qkv_bias)
         self.wc = nn.Linear(d, n_heads * d_s, bias=False)
         self.wb = nn.Linear(d, n_kv_heads * d_s, bias=False)
         self.wtheta = nn.Linear(d, n_kv_heads * d_s // 2, bias=False)
         self.wtheta.init_rules = {"weight": Normal(0.01)}  # type: ignore[assignment]  # sisa.md §1
         self.decay = Decay(d, n_kv_heads, log_alpha_min=config.log_alpha_min, std=config.init_std)
         self.importance = Importance(n_heads)
-        self.wo = nn.Linear(n_heads * d_h, d, bias=False)
+        self.wo = nn.Linear(n_heads * d_h, d, bias=config.output_bias)
         self.q_norm, self.k_norm = qk_norms(config)
         self.score = SisaScore(attention, config.log_alpha_min)
 

@@ -1,0 +1,116 @@
+"""The `model:` block: the architecture and nothing else.
+
+Beside `schema.py` because checkpoints of other models are read into it and written from it without a run.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator as _model_validator
+
+from sisa_dist.config.section import Section
+
+
+class ModelConfig(Section):
+    """The architecture. Two checkpoints with the same ModelConfig have the same parameter names and shapes."""
+
+    vocab_size: PositiveInt
+    vocab_multiple: PositiveInt = 128  # the embedding is padded to a multiple of it once, whatever the layout
+    d_model: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = None  # None: n_heads
+    head_dim: PositiveInt | None = None  # None: d_model / n_heads
+    d_ff: PositiveInt
+    mixer: Literal["sisa", "attention"] | list[Literal["sisa", "attention"]] = "sisa"  # one, or one per layer
+    d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
+    log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
+    rope_theta: PositiveFloat = 10_000.0
+    rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)  # of the channels of a head, from the first: these turn
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # of the residual stream
+    norm_eps: PositiveFloat = 1e-6
+    qk_norm: bool = False  # RMSNorm over the channels of each head's q and k, before RoPE
+    attention_bias: Literal["none", "qkv", "all"] = "none"  # of the projections to q, k and v; all: and of W_O
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu is the exact one, by erf
+    mlp_bias: bool = False
+    parallel_residual: bool = False  # mixer and MLP read one input, each through its norm, and are added to it together
+    tie_embeddings: bool = True
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that RoPE turns, rounded down as transformers does."""
+        return int(self.width_per_head * self.rotary_fraction)
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias != "none"
+
+    @property
+    def output_bias(self) -> bool:
+        return self.attention_bias == "all"
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        return [self.mixer] * self.n_layers if isinstance(self.mixer, str) else list(self.mixer)
+
+    @property
+    def layer_d_s(self) -> list[int]:
+        """SSM channels per head of every layer; 0 where the mixer has none."""
+        if isinstance(self.d_s, list):
+            return list(self.d_s)
+        return [(self.d_s or 0) if mixer == "sisa" else 0 for mixer in self.layer_mixers]
+
+    @_model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            below = self.d_model // self.n_heads * self.n_heads
+            near = " or ".join(str(n) for n in (below, below + self.n_heads) if n)
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: set d_model to {near}, or set "
+                "head_dim"
+            )
+        if self.width_per_head % 2:
+            raise ValueError(f"head_dim {self.width_per_head} is odd and RoPE turns pairs: set an even head_dim")
+        if self.rotary_channels < 2 or self.rotary_channels % 2:
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of head_dim {self.width_per_head} is {self.rotary_channels} "
+                f"channels and RoPE turns pairs: set it for example to {2 / self.width_per_head:g} or 1.0"
+            )
+        if self.n_heads % self.kv_heads:
+            good = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            raise ValueError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: set one of {good}")
+        if len(self.layer_mixers) != self.n_layers:
+            raise ValueError(
+                f"mixer lists {len(self.layer_mixers)} layers, n_layers is {self.n_layers}: make them equal"
+            )
+        if isinstance(self.d_s, list) and len(self.d_s) != self.n_layers:
+            raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
+        if self.d_s is not None and "sisa" not in self.layer_mixers:
+            raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
+        if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:
+            raise ValueError("log_alpha_min is set but no layer's mixer is sisa: remove log_alpha_min")
+        if self.d_s is None and "sisa" in self.layer_mixers:
+            raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
+        for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):
+            if mixer == "sisa" and (d_s < 2 or d_s % 2):
+                raise ValueError(f"d_s of layer {layer} is {d_s}: channels turn in pairs, set an even number from 2")
+            if mixer == "attention" and d_s:
+                raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is attention: set 0 there")
+        if self.log_alpha_min is not None and not self.log_alpha_min < 0:
+            raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
+        return self

@@ -1,0 +1,78 @@
+"""A whole checkpoint as one safetensors file: weights, moments if wanted, config, state and tokenizer.
+
+The header's metadata holds `sisa_format` (a version), `config.yaml`, `state.json` and `data.json` as text; the
+SentencePiece model is the uint8 tensor `tokenizer.model`. So the file needs nothing beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from sisa_dist.config import UserError, dump_config, parse_config
+from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
+from sisa_dist.convert.recipe import TensorSource
+from sisa_dist.convert.safetensors_io import SafetensorsFile, write_safetensors
+from sisa_dist.convert.tensors import Selected, With
+
+HOLDS_MOMENTS, MASTERS = True, False
+VERSION = "1"  # raise it with any change that an older reader would misread
+_KEY = "sisa_format"
+
+
+def matches(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".safetensors"
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Raises UserError where the file is damaged, not one of these, or of a newer version."""
+    file = SafetensorsFile(path)
+    version = file.metadata.get(_KEY)
+    if version is None:
+        raise UserError(f"{path}: weights without a config: name the folder it came in")
+    if version != VERSION:
+        raise UserError(f"{path}: {_KEY} {version}, this version reads {VERSION}: use the version that wrote it")
+    try:
+        tree = yaml.safe_load(file.metadata[CONFIG])
+    except (KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its {CONFIG} cannot be read ({type(error).__name__}): use another copy") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: its {CONFIG} is no mapping: use another copy")
+    config = parse_config(tree, source=f"{path}: {CONFIG}")
+    files = {name: file.metadata[name].encode() for name in (STATE, DATA) if name in file.metadata}
+    if TOKENIZER in file.specs:
+        files[TOKENIZER] = file.read(TOKENIZER).numpy().tobytes()
+    source = _tensors(file)
+    return Opened(path, "safetensors", config.model, source, config=config, files=files)
+
+
+def stored(path: Path) -> TensorSource:
+    return _tensors(SafetensorsFile(path))
+
+
+def _tensors(file: SafetensorsFile) -> TensorSource:
+    return Selected(file, (name for name in file.specs if name != TOKENIZER))
+
+
+def made(opened: Opened, target: Target) -> TensorSource:
+    return opened.source
+
+
+def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> None:
+    """`source` (under our names) and what lies beside the tensors of `opened`, into the new file `path`."""
+    metadata = {
+        "format": "pt",
+        _KEY: VERSION,
+        CONFIG: dump_config(opened.run_config()),
+        STATE: json.dumps(opened.state()),
+    }
+    if DATA in opened.files:
+        metadata[DATA] = opened.files[DATA].decode()
+    small: dict[str, Tensor] = {}
+    if opened.tokenizer is not None:
+        small[TOKENIZER] = torch.frombuffer(bytearray(opened.tokenizer), dtype=torch.uint8)
+    write_safetensors(path, With(source, small), metadata=metadata)

@@ -1,0 +1,149 @@
+"""One checkpoint made from another: planned from headers, written beside its place, verified there, renamed last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sisa_dist.config import UserError
+from sisa_dist.convert.formats import format_module, open_checkpoint
+from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
+from sisa_dist.convert.recipe import Converted, TensorSource
+from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
+from sisa_dist.convert.upcycle import recipes, upcycle
+from sisa_dist.convert.verify import Verify, is_rounded, verify
+
+Tell = Callable[[str, str, int], None]  # (phase: "write" or "read back", tensor, bytes)
+Dtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write. Nothing has been read but headers."""
+
+    before: Opened
+    intended: Opened  # the model to write, under our names, in the dtypes asked for
+    made: TensorSource  # the same under the names of the format
+    to: str
+    target: Target
+
+    @property
+    def bytes(self) -> int:
+        return sum(num_bytes(spec) for spec in self.made.specs.values())
+
+    def rows(self) -> Iterator[tuple[str, str, str, str]]:
+        """(name, shape, dtype, the tensors of the source it is made from) of every tensor to write."""
+        for name, spec in self.made.specs.items():
+            made_from = ", ".join(origins(self.made, name)) or "nothing: new"
+            yield name, str(list(spec.shape)), str(spec.dtype).removeprefix("torch."), made_from
+
+
+def plan(
+    path: Path,
+    *,
+    to: str,
+    format: str | None = None,
+    dtype: Dtype = "fp32",
+    moments: bool | None = None,
+    d_s: int | list[int] | None = None,
+    tokenizer: bytes | None = None,
+    target: Target | None = None,
+) -> Plan:
+    """The conversion of what lies at `path` to the format `to`. Opens headers only.
+
+    `moments` None: kept where `to` is for going on with training. `d_s`, one or one per layer: a Transformer is
+    upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
+    Raises UserError for what cannot be done.
+    """
+    module, before, target = format_module(to), open_checkpoint(path, format=format), target or Target()
+    if tokenizer is not None:
+        before = replace(before, files={**before.files, TOKENIZER: tokenizer})
+    if dtype != "fp32" and module.MASTERS:
+        raise UserError(f"--dtype {dtype}: a {to} checkpoint holds fp32 weights: leave --dtype out")
+    if moments and not module.HOLDS_MOMENTS:
+        raise UserError(f"--moments: the format {to} holds weights only: leave it out")
+    if moments and not before.has_moments:
+        raise UserError(f"--moments: {path} holds none: leave it out")
+    keep = module.MASTERS if moments is None else moments
+    intended = before if keep else before.without_moments()
+    if d_s is not None:
+        if moments:
+            raise UserError("--moments: what is new in an upcycled model has none: leave it out")
+        intended = upcycled(intended.without_moments(), d_s=d_s)
+    wide = fp32_parameters(intended.model) if dtype == "bf16" else frozenset()
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.bfloat16 if dtype == "bf16" and name.startswith(MODEL) and name not in wide else torch.float32
+
+    intended = replace(intended, source=Cast(intended.source, dtype_of))
+    return Plan(before, intended, module.made(intended, target), to, target)
+
+
+def upcycled(opened: Opened, *, d_s: int | list[int]) -> Opened:
+    """The SISA model that begins where the Transformer `opened` stands, at step 0."""
+    made = to_ours(from_ours(recipes(opened.model, d_s=d_s)))
+    files = {name: content for name, content in opened.files.items() if name not in (STATE, DATA)}
+    model = upcycle(opened.model, d_s=d_s)
+    return replace(opened, model=model, source=Converted(opened.source, made), files=files, foreign=None)
+
+
+def convert(
+    plan: Plan, destination: Path, *, how: Verify = "auto", tell: Tell = lambda phase, name, size: None
+) -> Iterator[str]:
+    """Carries `plan` out; yields a line for each check passed. When it ends, `destination` is there, whole and checked.
+
+    Raises UserError, and leaves nothing behind, where `destination` exists, the disk fails or a check does.
+    """
+    module = format_module(plan.to)
+    parent = destination.parent
+    if destination.exists():
+        raise UserError(f"{destination}: is there already: remove it, or name another")
+    if not parent.is_dir():
+        raise UserError(f"{parent}: no such folder: make it first")
+    free = shutil.disk_usage(parent).free
+    if free < plan.bytes:
+        raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")
+    folder = parent / f".{destination.name}.tmp"
+    staging = folder / destination.name
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # what a kill left behind
+        folder.mkdir()
+        plan.before.check(plan.intended.has_moments)
+        noted = Noted(plan.made, seen=lambda name, size: tell("write", name, size))
+        module.write(staging, plan.intended, noted, plan.target)
+        found = Noted(module.stored(staging), seen=lambda name, size: tell("read back", name, size))
+        check_written(noted.hashes, found, what=str(destination))
+        yield f"{len(noted.hashes)} tensors, {plan.bytes / 1e9:.3f} GB, read back as they were written"
+        after = module.open_checkpoint(staging)
+        yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
+        staging.rename(destination)
+        _fsync(parent)
+    except UserError as error:
+        raise UserError(str(error).replace(str(staging), str(destination))) from error
+    except OSError as error:
+        raise UserError(f"{destination}: cannot be written ({error.strerror}): make room or mend the folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | None:
+    """The side that another library can run whole: what was written rather than what was read."""
+    if after.model_type is not None:
+        return after, staging
+    if plan.before.model_type is not None and not is_rounded(plan.before, after):
+        return plan.before, plan.before.path  # an upcycled model computes what the old one does
+    return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

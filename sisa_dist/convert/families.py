@@ -1,0 +1,132 @@
+"""What reading and writing other families' Transformers shares: a checked view of config.json, names, vocabulary.
+
+`llama.py` and `neox.py` say what is particular to each. Nothing here opens a file or imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from sisa_dist.config import ModelConfig, UserError
+from sisa_dist.convert.recipe import Recipe
+from sisa_dist.model import build_model
+
+
+class Fields:
+    """A config.json, key by key. What our model cannot be is refused by the key's name, never passed over."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.family = str(config.get("model_type"))
+
+    def need(self, key: str) -> Any:
+        value = self._config.get(key)
+        if value is None:
+            raise UserError(f"config.json: {key} is missing: is this a whole {self.family} config?")
+        return value
+
+    def get(self, key: str, default: Any) -> Any:
+        """`default` is transformers' own for an absent or null key."""
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def only(self, key: str, *known: Any) -> None:
+        """Raises UserError where the key says something else; absent or null is well."""
+        value = self._config.get(key)
+        if value is not None and value not in known:
+            raise UserError(
+                f"config.json: {key} {value!r} has no counterpart in our model, only {' or '.join(map(repr, known))} "
+                f"has: this {self.family} checkpoint cannot be converted"
+            )
+
+    def rope(self, *, theta_key: str, fraction_key: str, fraction: float) -> tuple[float, float]:
+        """(base, share of a head's channels that turn); `fraction` where the config says none.
+
+        transformers 5 keeps both in rope_parameters, 4 beside it, with rope_scaling for what is not the default.
+        """
+        said: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            found = self._config.get(key) or {}
+            kind = found.get("rope_type", found.get("type", "default"))
+            nested = [name for name, value in found.items() if isinstance(value, dict)]
+            if kind != "default" or nested:
+                raise UserError(
+                    f"config.json: {key} is {kind if kind != 'default' else f'one per kind of layer ({nested[0]})'}, "
+                    f"and our RoPE has one base and no scaling: this {self.family} checkpoint cannot be converted"
+                )
+            said |= {name: value for name, value in found.items() if value is not None}
+        theta = said.get("rope_theta", self.get(theta_key, 10_000.0))
+        return float(theta), float(said.get("partial_rotary_factor", self.get(fraction_key, fraction)))
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the key is there, be it null."""
+        return key in self._config
+
+    def model(self, **values: Any) -> ModelConfig:
+        """Raises UserError where the values make no model of ours."""
+        return model_of(values, source=f"config.json of a {self.family} model")
+
+
+def model_of(values: Mapping[str, Any], *, source: str) -> ModelConfig:
+    """A ModelConfig, or a UserError of one line that starts with `source`."""
+    try:
+        return ModelConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "".join(f"{part}: " for part in problem["loc"][:1])
+        raise UserError(f"{source}: {where}{problem['msg'].removeprefix('Value error, ')}") from None
+
+
+def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:
+    """Raises UserError naming the first key of `model` that is not as a model of `family` must be."""
+    for key, value in wanted.items():
+        if getattr(model, key) != value:
+            raise UserError(
+                f"model.{key} is {getattr(model, key)!r} and a {family} model has {value!r}: no such export"
+            )
+
+
+def refuse_sisa(family: str, model: ModelConfig) -> None:
+    if "sisa" in model.layer_mixers:
+        raise UserError(f"model.mixer has sisa layers and a {family} model has none: export it as a sisa model")
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter by our name."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in build_model(model).named_parameters()}
+
+
+def translated(name: str, *, whole: Mapping[str, str], blocks: str, block: Mapping[str, str]) -> str:
+    """Their name of our parameter: `whole` outside the blocks, `block` inside, behind `blocks`.N."""
+    if name in whole:
+        return whole[name]
+    _, layer, inside = name.split(".", 2)
+    return f"{blocks}.{layer}.{block[inside]}"
+
+
+VOCABULARY = ("embed.weight", "head.weight")
+
+
+def renamed(ours: str, theirs: str, model: ModelConfig, *, export: bool) -> Recipe:
+    """One tensor under another name; of the embedding and the head padding rows are cut, or filled with zeros."""
+    vocabulary: Callable[[Tensor], Tensor] = _cut(model) if export else _pad(model)
+    sources = (ours if export else theirs,)
+    return Recipe(sources, vocabulary) if ours in VOCABULARY else Recipe(sources)
+
+
+def _cut(model: ModelConfig) -> Callable[[Tensor], Tensor]:
+    return lambda weight_VD: weight_VD[: model.vocab_size]
+
+
+def _pad(model: ModelConfig) -> Callable[[Tensor], Tensor]:
+    def pad(weight_VD: Tensor) -> Tensor:
+        padding = model.padded_vocab_size - weight_VD.shape[0]
+        return torch.cat((weight_VD, weight_VD.new_zeros(max(0, padding), weight_VD.shape[1])))
+
+    return pad

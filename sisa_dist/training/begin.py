@@ -1,0 +1,50 @@
+"""Where a run begins: at its own newest whole checkpoint, at another's (start.resume, start.weights), or at step 0."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint import Damaged, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, load_weights
+from sisa_dist.checkpoint.folder import set_aside
+from sisa_dist.config import RunConfig, UserError
+from sisa_dist.engine import Engine
+from sisa_dist.parallel.mesh import Mesh
+
+_log = logging.getLogger(__name__)
+
+
+def begin(
+    config: RunConfig, run_folder: Path, engine: Engine, *, tokenizer: Tokenizer, data: Mapping[str, Any], mesh: Mesh
+) -> TrainState:
+    """Loads what the run begins from into `engine`. Collective. `data` is `Loader.describe()`.
+
+    A damaged checkpoint of the run's own is set aside and the one before it taken: training again what lay between
+    gives the same bits. Raises UserError where none is whole, or one belongs to another model, tokenizer or data.
+    """
+    own = list_checkpoints(run_folder)
+    for checkpoint in reversed(own):
+        try:
+            return load_checkpoint(checkpoint, engine, model=config.model, tokenizer=tokenizer, data=data, mesh=mesh)
+        except Damaged as damage:
+            if mesh.is_main:
+                _log.warning("%s; set aside as %s, trying the one before", damage, set_aside(checkpoint).name)
+            mesh.barrier()
+    if own:
+        raise UserError(
+            f"{run_folder / 'checkpoints'}: none of {len(own)} checkpoints is whole: restore one, or run again to "
+            "begin anew (the damaged ones are kept beside)"
+        )
+    if config.start.resume is not None:
+        source = find_checkpoint(config.start.resume)
+        state = load_checkpoint(source, engine, model=config.model, tokenizer=tokenizer, data=data, mesh=mesh)
+        _log.info("resumes %s at step %d", source, state.step)
+        return state
+    if config.start.weights is not None:
+        source = find_checkpoint(config.start.weights)
+        load_weights(source, engine, model=config.model, tokenizer=tokenizer, mesh=mesh)
+        _log.info("begins at step 0 with the weights of %s", source)
+    return TrainState(0, 0, 0, 0.0, data["fingerprint"])

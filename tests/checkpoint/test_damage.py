@@ -1,0 +1,143 @@
+"""A checkpoint that is not what was written: one line, the one before it, the same bits in the end. And no pickles."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+
+import sisa_dist
+from runs import assert_same_tensors, losses
+from sisa_dist.checkpoint import Damaged, list_checkpoints, verify
+from sisa_dist.checkpoint.manifest import NAME, hash_file, read_manifest, write_manifest
+from sisa_dist.checkpoint.storage import METADATA, SafeReader
+from sisa_dist.config import RunConfig, UserError
+from sisa_dist.training.trainer import train
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FILES = ["weights_0.distcp", "moments_0.distcp", METADATA, "config.yaml", "tokenizer.model", "data.json", "state.json"]
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (_flip, "its bytes are not those that were written"),
+    "cut": (_cut, "were written: it is damaged"),
+    "missing": (Path.unlink, "No such file"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_every_file_is_watched(tiny: RunConfig, tmp_path: Path, how: str) -> None:
+    train(tiny, quiet=True)
+    whole = list_checkpoints(Path(tiny.output_dir))[-1]
+    assert sorted([*FILES, NAME]) == sorted(p.name for p in whole.iterdir())
+    verify(whole)
+    harm, said = DAMAGE[how]
+    for name in FILES:
+        broken = tmp_path / how / name / whole.name
+        shutil.copytree(whole, broken)
+        harm(broken / name)
+        with pytest.raises(Damaged, match=said) as caught:
+            verify(broken)
+        assert str(broken / name) in str(caught.value) and "\n" not in str(caught.value)
+        if name == "moments_0.distcp":
+            sisa_dist.load_model(broken)  # needs the weights alone, and looks at no more
+        else:
+            with pytest.raises(Damaged):
+                sisa_dist.load_model(broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1, "files": {"a": 3}}'])
+def test_a_broken_manifest_is_damage(tiny: RunConfig, content: bytes) -> None:
+    train(tiny, quiet=True)
+    checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
+    (checkpoint / NAME).write_bytes(content)
+    with pytest.raises(Damaged, match=r"manifest\.json: cannot be read"):
+        verify(checkpoint)
+
+
+def test_a_newer_format_is_no_damage(tiny: RunConfig) -> None:
+    train(tiny, quiet=True)
+    manifest = list_checkpoints(Path(tiny.output_dir))[-1] / NAME
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError, match="format 2, this version reads 1") as caught:
+        train(tiny, quiet=True)
+    assert not isinstance(caught.value, Damaged) and manifest.exists()
+
+
+def test_a_run_falls_back_to_the_checkpoint_before_and_ends_with_the_same_bits(
+    tiny: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = tiny.model_copy(update={"output_dir": str(tmp_path / "straight")})
+    train(straight, quiet=True)
+    train(tiny, quiet=True)
+    run = Path(tiny.output_dir)
+    first, last = list_checkpoints(run)
+    assert (first.name, last.name) == ("step_00000006", "step_00000008")
+    _flip(last / "weights_0.distcp")
+    train(tiny, quiet=True)
+    assert f"{last / 'weights_0.distcp'}: its bytes are not" in caplog.text
+    assert "set aside as step_00000008.damaged" in caplog.text
+    assert [p.name for p in list_checkpoints(run)] == [first.name, last.name]
+    assert (last.parent / "step_00000008.damaged").is_dir()
+    assert losses(run) == losses(tmp_path / "straight")
+    assert_same_tensors(last, list_checkpoints(tmp_path / "straight")[-1])
+
+
+def test_where_none_is_whole_nothing_starts_anew_in_silence(tiny: RunConfig) -> None:
+    train(tiny, quiet=True)
+    run = Path(tiny.output_dir)
+    for checkpoint in list_checkpoints(run):
+        _cut(checkpoint / "state.json")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="none of 2 checkpoints is whole"):
+        train(tiny, quiet=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert len(list((run / "checkpoints").glob("*.damaged"))) == 2
+
+
+class _Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_nothing_foreign_is_unpickled(tiny: RunConfig, tmp_path: Path) -> None:
+    train(tiny, quiet=True)
+    checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
+    whole = (checkpoint / METADATA).read_bytes()
+    fell = tmp_path / "fell"
+    stock = dcp.FileSystemReader(checkpoint)
+    hidden = stock.read_metadata()  # PyTorch's reader reads what we write
+    hidden.planner_data = _Bomb(fell)
+    tensors = dict(hidden.state_dict_metadata)
+    bytes_entry = pickle.loads(whole)
+    bytes_entry.state_dict_metadata["model.norm.weight"] = dcp.metadata.BytesStorageMetadata()
+    for content in (pickle.dumps(_Bomb(fell)), pickle.dumps(hidden), pickle.dumps(tensors), pickle.dumps(bytes_entry)):
+        (checkpoint / METADATA).write_bytes(content)
+        files = read_manifest(checkpoint)
+        write_manifest(checkpoint, files | {METADATA: hash_file(checkpoint / METADATA)})  # whoever forges, forges this
+        verify(checkpoint)
+        with pytest.raises(UserError, match="table of tensors"):
+            sisa_dist.load_model(checkpoint)
+        assert not fell.exists()
+    (checkpoint / METADATA).write_bytes(pickle.dumps(_Bomb(fell)))
+    with suppress(AttributeError):  # what it makes is no table
+        stock.read_metadata()
+    assert fell.exists(), "the bomb is real"
+    (checkpoint / METADATA).write_bytes(whole)
+    assert SafeReader(checkpoint).read_metadata().state_dict_metadata.keys() == tensors.keys()

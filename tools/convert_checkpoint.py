@@ -1,0 +1,105 @@
+"""Checkpoints from and to other formats, a tensor at a time, checked before they get their name.
+
+    python tools/convert_checkpoint.py runs/mine model.safetensors --to safetensors --moments
+    python tools/convert_checkpoint.py runs/mine exported --to hf --dtype bf16
+    python tools/convert_checkpoint.py llama-folder imported --to native --dry-run
+    python tools/convert_checkpoint.py llama-folder begun --to native --upcycle 32
+
+What SRC is, is seen from what lies there. DST must not exist. Exit code 0: written and verified; 2: nothing written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from sisa_dist.config import UserError
+from sisa_dist.convert.command import run
+from sisa_dist.convert.conversion import Plan, convert, plan
+from sisa_dist.convert.opened import Target
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+def command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, run folder, file or folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The file or folder to make.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, safetensors or hf.")],
+    from_format: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Of SRC; seen by itself.")] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of matrices; gains and decays stay fp32.")] = "fp32",
+    moments: Annotated[
+        bool | None, typer.Option(help="Adam's moments too; by default where the format is for training on.")
+    ] = None,
+    model_type: Annotated[str | None, typer.Option(help="hf: the architecture to write, e.g. llama.")] = None,
+    upcycle: Annotated[
+        str | None,
+        typer.Option(metavar="D_S", help="Make a Transformer a SISA model that computes the same: 32, or 32,0,16,…"),
+    ] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="hf: most a file holds.")] = 5.0,
+    tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece model to go with it.")] = None,
+    verify: Annotated[
+        Literal["auto", "blocks", "full"],
+        typer.Option(help="full: transformers runs the whole model too; auto: where it fits into half the memory."),
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; read headers only.")] = False,
+) -> None:
+    planned = plan(
+        source,
+        to=to,
+        format=from_format,
+        dtype=dtype,
+        moments=moments,
+        d_s=_channels(upcycle),
+        tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
+        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9)),
+    )
+    kind = planned.before.model_type or "this framework"
+    print(f"{planned.before.path}: {planned.before.format}, a model of {kind} → {destination}: {to}")
+    if to == "native" and planned.intended.tokenizer is None:
+        print("no SentencePiece model lies with it: evaluation and training will ask for one, --tokenizer FILE adds it")
+    if dry_run:
+        _show(planned)
+        return
+    with _bar() as bar:
+        tasks = {phase: bar.add_task(phase, total=planned.bytes) for phase in ("write", "read back")}
+        for line in convert(planned, destination, how=verify, tell=lambda phase, _, n: bar.advance(tasks[phase], n)):
+            bar.console.print(f"checked: {line}", highlight=False, soft_wrap=True)
+    print(f"done: {destination}")
+
+
+def _channels(text: str | None) -> int | list[int] | None:
+    try:
+        found = None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--upcycle {text}: give d_s as a number, or one per layer with commas") from None
+    return found[0] if found is not None and len(found) == 1 else found
+
+
+def _show(planned: Plan) -> None:
+    rows = list(planned.rows())
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, shape, dtype, made_from in rows:
+        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {dtype:{widths[2]}}  ← {made_from}")
+    numbers = sum(spec.numel() for spec in planned.made.specs.values())
+    print(f"{len(rows)} tensors, {numbers:,} numbers, {planned.bytes / 1e9:.3f} GB; nothing was written (--dry-run)")
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description:9}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console()
+    # In a log file a bar is noise.
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(app, argv, name="convert_checkpoint")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
