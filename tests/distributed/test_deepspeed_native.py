@@ -112,5 +112,5 @@ def test_another_model_of_deepspeed_alone(stage: int, dtype: str | None, tmp_pat
     scale = source.read("model.scale")
     assert torch.equal(scale, torch.linspace(0.5, 1.5, 7).to(scale.dtype))
     assert source.read("model.frozen.weight").shape == (7, 7)
-    if stage > 1:  # zero_to_fp32 does not know DeepSpeed's bf16 optimizer
+    if stage > 1:  # zero_to_fp32 refuses that bf16 optimizer's files
         equals_zero_to_fp32(tmp_path)
