@@ -150,9 +150,9 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
     }
 
 
-def files(model: ModelConfig, tokenizer: bytes | None) -> dict[str, bytes]:
-    """What lies beside weights and config.json: the code, and the tokenizer's files where there is one."""
-    return {hf_folder.MODELING: hf_folder.modeling_source(), **hf_folder.tokenizer_files(tokenizer)}
+def files() -> dict[str, bytes]:
+    """What lies beside weights, config.json and the tokenizer: the code."""
+    return {hf_folder.MODELING: hf_folder.modeling_source()}
 
 
 def _names(model: ModelConfig) -> dict[str, str]:
