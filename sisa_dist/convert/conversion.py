@@ -122,6 +122,8 @@ def convert(
         check_written(noted.hashes, found, what=str(destination))
         yield f"{len(noted.hashes)} tensors, {plan.bytes / 1e9:.3f} GB, read back as they were written"
         after = module.open_checkpoint(staging)
+        if after.tokenizer != plan.intended.tokenizer:
+            raise UserError(f"{destination}: the tokenizer reads back other than it was written: try another disk")
         yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
         staging.rename(destination)
         _fsync(parent)
