@@ -4,6 +4,7 @@
     python tools/benchmark.py score [--lengths 4096 8192]    bisected ÷ the one (padded) call, forward + backward
     python tools/benchmark.py start                          from `import` to the first optimizer step, in a new process
     torchrun --nproc-per-node 2 tools/benchmark.py overlap   tp 2, collectives hidden behind matmuls ÷ not
+    python tools/benchmark.py save [--set K=V] [--folder F]  what a save takes, and what of it training waits for
     python tools/benchmark.py loader CONFIG                  the loader alone, tokens/s, on prepared data
 
 A tool, never a timed test: it asserts nothing. `--json FILE` keeps the figures.
@@ -18,14 +19,17 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.loader import Batch
+from sisa_dist.checkpoint import Saved, Saver, TrainState
 from sisa_dist.config import ModelConfig, RunConfig, load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.model import build_model, num_parameters
@@ -51,11 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     overlap = commands.add_parser("overlap", help="under torchrun: tp over all processes, overlapped ÷ synchronous")
     overlap.add_argument("--rounds", type=int, default=15)
     overlap.add_argument("--set", dest="overrides", action="append", default=[])
+    save = commands.add_parser("save", help="also under torchrun")
+    save.add_argument("--rounds", type=int, default=3)
+    save.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder")
+    save.add_argument("--set", dest="overrides", action="append", default=[])
     loader = commands.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args(argv)
-    command = {"step": _step, "score": _score, "start": _start, "overlap": _overlap, "loader": _loader}
+    command = {
+        "step": _step,
+        "score": _score,
+        "start": _start,
+        "overlap": _overlap,
+        "save": _save,
+        "loader": _loader,
+    }
     figures = command[arguments.command](arguments)
     if int(os.environ.get("RANK", "0")):
         return 0
@@ -196,6 +211,38 @@ def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = _in_turns(runs, arguments.rounds)
     figures: dict[str, Any] = {name: round(value, 4) for name, value in seconds.items()}
     return figures | {"overlapped / synchronous": round(seconds["overlapped"] / seconds["synchronous"], 3)}
+
+
+def _save(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", arguments.overrides)
+    mesh = init_mesh(config.parallel, device=config.device)
+    engine = build_engine(config, mesh)
+    batch = _batch(config.model.vocab_size, config.training.micro_batch_size, config.training.seq_len)
+    state, alone, beside = TrainState(0, 0, 0, 0.0, ""), [], []
+
+    def step() -> float:
+        started = time.perf_counter()
+        engine.train_step([batch], 1e-4)
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        saver = Saver(Path(folder), engine, config=config, files={}, mesh=mesh)
+        saves: list[Saved] = []
+        for number in range(arguments.rounds + 1):  # the first makes the buffers and does not count
+            alone += [step() for _ in range(3)]
+            saver.save(replace(state, step=number))
+            beside += [step() for _ in range(3)]
+            saver.finish()
+            saves += saver.collect()
+        mesh.barrier()
+    seconds, blocked = (statistics.median(getattr(s, name) for s in saves[1:]) for name in ("seconds", "blocked"))
+    return {
+        "bytes of a rank": saves[0].bytes,
+        "save, s": round(seconds, 3),
+        "GB/s of a rank, hashed and synced": round(saves[0].bytes / seconds / 1e9, 3),
+        "blocked / save": round(blocked / seconds, 4),
+        "step beside a save / step": round(statistics.median(beside[3:]) / statistics.median(alone[3:]), 3),
+    }
 
 
 def _loader(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python tools/convert_checkpoint.py runs/mine model.safetensors --to safetensors --moments
     python tools/convert_checkpoint.py runs/mine exported --to hf --dtype bf16
     python tools/convert_checkpoint.py llama-folder imported --to native --dry-run
+    python tools/convert_checkpoint.py llama-folder begun --to native --upcycle 32
 
 What SRC is, is seen from what lies there. DST must not exist. Exit code 0: written and verified; 2: nothing written.
 """
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from sisa_dist.config import UserError, load_config
 from sisa_dist.convert.command import run
 from sisa_dist.convert.conversion import Plan, convert, plan
 from sisa_dist.convert.opened import Target
@@ -28,15 +30,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, run folder, file or folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The file or folder to make.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, safetensors or hf.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, safetensors, hf or deepspeed.")],
     from_format: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Of SRC; seen by itself.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of matrices; gains and decays stay fp32.")] = "fp32",
     moments: Annotated[
         bool | None, typer.Option(help="Adam's moments too; by default where the format is for training on.")
     ] = None,
     model_type: Annotated[str | None, typer.Option(help="hf: the architecture to write, e.g. llama.")] = None,
+    upcycle: Annotated[
+        str | None,
+        typer.Option(metavar="D_S", help="Make a Transformer a SISA model that computes the same: 32, or 32,0,16,…"),
+    ] = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="hf: most a file holds.")] = 5.0,
     tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece model to go with it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The run's YAML, for a DeepSpeed SRC without it.")] = None,
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="deepspeed: of the run it is for.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="deepspeed: data-parallel ranks of it.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="deepspeed: tensor-parallel ranks of it.")] = 1,
     verify: Annotated[
         Literal["auto", "blocks", "full"],
         typer.Option(help="full: transformers runs the whole model too; auto: where it fits into half the memory."),
@@ -49,8 +59,10 @@ def command(
         format=from_format,
         dtype=dtype,
         moments=moments,
+        d_s=_channels(upcycle),
         tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
-        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9)),
+        config=None if config is None else load_config(config),
+        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9), zero_stage=zero_stage, dp=dp, tp=tp),
     )
     kind = planned.before.model_type or "this framework"
     print(f"{planned.before.path}: {planned.before.format}, a model of {kind} → {destination}: {to}")
@@ -64,6 +76,14 @@ def command(
         for line in convert(planned, destination, how=verify, tell=lambda phase, _, n: bar.advance(tasks[phase], n)):
             bar.console.print(f"checked: {line}", highlight=False, soft_wrap=True)
     print(f"done: {destination}")
+
+
+def _channels(text: str | None) -> int | list[int] | None:
+    try:
+        found = None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--upcycle {text}: give d_s as a number, or one per layer with commas") from None
+    return found[0] if found is not None and len(found) == 1 else found
 
 
 def _show(planned: Plan) -> None:

@@ -49,7 +49,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """The run folder a checkpoint lies in."""
+    """The run folder a checkpoint lies in; of one that lies in none, as a converted one, its own folder."""
     if checkpoint.parent.name != "checkpoints":  # named from inside: ".", or "step_00000300" alone
         checkpoint = checkpoint.resolve()
-    return checkpoint.parent.parent
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint

@@ -15,13 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint.folder import list_checkpoints, step_name, step_of
 from sisa_dist.checkpoint.staging import Moment, Staging, num_bytes
 from sisa_dist.checkpoint.state import TrainState
@@ -55,17 +53,16 @@ class Saver:
         engine: Engine,
         *,
         config: RunConfig,
-        tokenizer: Tokenizer,
-        data: Mapping[str, Any],
+        files: Mapping[str, bytes],
         mesh: Mesh,
         failed: Callable[[str], None] = lambda why: None,
     ) -> None:
-        """`tokenizer` and `data` (what the cursor counts in, as JSON) go into each folder.
+        """`files` go into each folder as they are, beside config and state: the tokenizer, what the cursor counts in.
 
         `failed` is called, from the thread, when a save under way fails: the next call here says why.
         """
         self._folder, self._engine, self._config, self._mesh = run_folder, engine, config, mesh
-        self._tokenizer, self._data, self._failed = tokenizer, data, failed
+        self._files, self._failed = files, failed
         self._staging, self._copied, self._held = Staging(), threading.Event(), 0.0
         self._copied.set()
         engine.before_update(self._before_update)
@@ -86,7 +83,9 @@ class Saver:
         state = replace(state, guard=self._engine.guard.state())
         tensors = self._engine.state_tensors()
         copied = not wait and self._may_copy(state, num_bytes(tensors))
-        files = self._files(state) if mesh.is_main else {}
+        files = dict(self._files)
+        files["config.yaml"] = dump_config(self._config).encode()
+        files["state.json"] = json.dumps(asdict(state), indent=1).encode()
         changed = Moment.now(mesh.device)
         if copied:
             self._copied.clear()
@@ -168,14 +167,6 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is None or isinstance(error, UserError | SystemExit | KeyboardInterrupt):
             self.finish()
-
-    def _files(self, state: TrainState) -> dict[str, bytes]:
-        return {
-            "config.yaml": dump_config(self._config).encode(),
-            "tokenizer.model": self._tokenizer.model,
-            "data.json": json.dumps(self._data, indent=1).encode(),
-            "state.json": json.dumps(asdict(state), indent=1).encode(),
-        }
 
     def _clear(self, folder: Path) -> None:
         """What a kill left behind."""

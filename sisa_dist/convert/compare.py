@@ -46,8 +46,9 @@ class Difference:
             x, y = (tensor.reshape(-1)[start : start + _PIECE].double() for tensor in (a, b))
             differ = (x != y) & ~(x.isnan() & y.isnan())
             x, y = x[differ], y[differ]
-            absolute = (x - y).abs().nan_to_num_(nan=torch.inf)  # NaN on one side
-            relative = (absolute / torch.maximum(x.abs(), y.abs())).nan_to_num_(nan=torch.inf)
+            # NaN on one side is as different as can be.
+            absolute = (x - y).abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+            relative = (absolute / torch.maximum(x.abs(), y.abs())).nan_to_num_(nan=torch.inf, posinf=torch.inf)
             self.numbers += differ.numel()
             self.unequal += x.numel()
             if x.numel():

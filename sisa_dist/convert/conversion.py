@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 
-from sisa_dist.config import UserError
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.convert.formats import format_module, open_checkpoint
-from sisa_dist.convert.opened import TOKENIZER, Opened, Target, fp32_parameters
-from sisa_dist.convert.recipe import TensorSource
-from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, num_bytes, origins
-from sisa_dist.convert.verify import Verify, verify
+from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
+from sisa_dist.convert.recipe import Converted, TensorSource
+from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
+from sisa_dist.convert.upcycle import recipes, upcycle
+from sisa_dist.convert.verify import Verify, is_rounded, verify
 
 Tell = Callable[[str, str, int], None]  # (phase: "write" or "read back", tensor, bytes)
 Dtype = Literal["fp32", "bf16"]
@@ -50,16 +51,18 @@ def plan(
     format: str | None = None,
     dtype: Dtype = "fp32",
     moments: bool | None = None,
-    change: Callable[[Opened], Opened] | None = None,
+    d_s: int | list[int] | None = None,
     tokenizer: bytes | None = None,
+    config: RunConfig | None = None,
     target: Target | None = None,
 ) -> Plan:
     """The conversion of what lies at `path` to the format `to`. Opens headers only.
 
-    `moments` None: kept where `to` is for going on with training. `change`: another model from the same weights
-    (upcycling). bf16 rounds matrices; gains, decays and λ stay fp32. Raises UserError for what cannot be done.
+    `moments` None: kept where `to` is for going on with training. `d_s`, one or one per layer: a Transformer is
+    upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
+    Raises UserError for what cannot be done.
     """
-    module, before, target = format_module(to), open_checkpoint(path, format=format), target or Target()
+    module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
     if tokenizer is not None:
         before = replace(before, files={**before.files, TOKENIZER: tokenizer})
     if dtype != "fp32" and module.MASTERS:
@@ -70,8 +73,10 @@ def plan(
         raise UserError(f"--moments: {path} holds none: leave it out")
     keep = module.MASTERS if moments is None else moments
     intended = before if keep else before.without_moments()
-    if change is not None:
-        intended = change(intended.without_moments())
+    if d_s is not None:
+        if moments:
+            raise UserError("--moments: what is new in an upcycled model has none: leave it out")
+        intended = upcycled(intended.without_moments(), d_s=d_s)
     wide = fp32_parameters(intended.model) if dtype == "bf16" else frozenset()
 
     def dtype_of(name: str) -> torch.dtype:
@@ -79,6 +84,14 @@ def plan(
 
     intended = replace(intended, source=Cast(intended.source, dtype_of))
     return Plan(before, intended, module.made(intended, target), to, target)
+
+
+def upcycled(opened: Opened, *, d_s: int | list[int]) -> Opened:
+    """The SISA model that begins where the Transformer `opened` stands, at step 0."""
+    made = to_ours(from_ours(recipes(opened.model, d_s=d_s)))
+    files = {name: content for name, content in opened.files.items() if name not in (STATE, DATA)}
+    model = upcycle(opened.model, d_s=d_s)
+    return replace(opened, model=model, source=Converted(opened.source, made), files=files, foreign=None)
 
 
 def convert(
@@ -112,6 +125,8 @@ def convert(
         yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
         staging.rename(destination)
         _fsync(parent)
+    except UserError as error:
+        raise UserError(str(error).replace(str(staging), str(destination))) from error
     except OSError as error:
         raise UserError(f"{destination}: cannot be written ({error.strerror}): make room or mend the folder") from error
     finally:
@@ -122,8 +137,8 @@ def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | No
     """The side that another library can run whole: what was written rather than what was read."""
     if after.model_type is not None:
         return after, staging
-    if plan.before.model_type is not None and plan.before.model == after.model:
-        return plan.before, plan.before.path
+    if plan.before.model_type is not None and not is_rounded(plan.before, after):
+        return plan.before, plan.before.path  # an upcycled model computes what the old one does
     return None
 
 

@@ -6,7 +6,9 @@ reading needs no DeepSpeed and nothing of a file runs. What the tensors in them 
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +99,37 @@ class Files:
         return content
 
 
-class _one_line:
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
     """Turns what torch, zipfile and the file system raise on `path` into a UserError of one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if error is None or isinstance(error, UserError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"{self.path}: missing: copy every rank's files, or use another checkpoint") from None
-        with torch.serialization.safe_globals(_SAFE):
-            try:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(self.path)
-            except Exception:
-                unsafe = []
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: copy every rank's files, or use another checkpoint") from None
+    except Exception as error:
+        unsafe = _unsafe(path)
         if unsafe:
             raise UserError(
-                f"{self.path}: holds objects of {', '.join(unsafe)}, which are not unpickled because that could run "
-                "code: save again without them in client_state"
+                f"{path}: holds objects of {', '.join(unsafe)}, which are not unpickled because that could run code: "
+                "save again without them in client_state"
             ) from None
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{self.path}: cannot be read ({first}): use another checkpoint") from error
+        raise UserError(f"{path}: cannot be read ({first}): use another checkpoint") from error
+
+
+def _unsafe(path: Path) -> list[str]:
+    """Names in the pickle that are not on the list; none where not even that can be told."""
+    with torch.serialization.safe_globals(_SAFE):
+        try:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception:
+            return []
+
+
+@contextlib.contextmanager
+def as_deepspeed_writes(files: Files, name: str) -> Iterator[None]:
+    """Turns a key or an entry that `name` lacks into a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError) as error:
+        raise UserError(f"{files.folder / name}: has no {error.args[0]}: not of a kind that is read here") from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.config import UserError
-from sisa_dist.convert.deepspeed_files import Files, model_file, optimizer_file
+from sisa_dist.convert.deepspeed_files import Files, as_deepspeed_writes, model_file, optimizer_file
 from sisa_dist.convert.deepspeed_layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,7 +31,7 @@ class ZeroRank:
         self._checked: set[int] = set()
         self._prefix = "bf16_" if (files.folder / f"bf16_{optimizer_file(dp_rank=0, tp_rank=tp_rank)}").exists() else ""
         header = files.header(self._model_file(0))
-        groups = [dict(group) for group in need(header, "param_shapes", files, self._model_file(0))]
+        groups = [dict(group) for group in header["param_shapes"]]
         self.shapes = {name: torch.Size(shape) for group in groups for name, shape in group.items()}
         self.step: int | None = None
         state = self._optimizer(0)
@@ -53,10 +53,10 @@ class ZeroRank:
         """`kind`: model, exp_avg or exp_avg_sq. A tensor of its own memory."""
         if name in self._frozen:
             parts = [self._touch(self._model_file(rank))["frozen_param_fragments"][name] for rank in range(self._dp)]
-            whole = torch.cat([part.flatten() for part in parts])[: math.prod(self._frozen[name])]
+            whole = torch.cat([part.detach().flatten() for part in parts])[: math.prod(self._frozen[name])]
             return whole.view(self._frozen[name])
         if name in self.others:
-            tensor = self._touch(self._model_file(0))["module"][name].clone()
+            tensor = self._touch(self._model_file(0))["module"][name].detach().clone()
             self._files.touched(tensor.nbytes)
             return tensor
         flat = torch.empty(math.prod(self.shapes[name]))
@@ -64,7 +64,7 @@ class ZeroRank:
             self._check(span.rank)
             self._files.verify(self._optimizer_file(span.rank))
             held = self._flat(self._optimizer(span.rank), kind, span.group)
-            flat[span.first : span.first + span.numel] = held[span.start : span.start + span.numel]
+            flat[span.first : span.first + span.numel] = held[span.start : span.start + span.numel].detach()
             self._files.touched(span.numel * flat.itemsize)
         return flat.view(self.shapes[name])
 
@@ -85,7 +85,12 @@ class ZeroRank:
         """That a data rank's file is of this save: as many elements as the parameters need, and the same step."""
         if rank in self._checked:
             return
-        state, name = self._optimizer(rank), self._optimizer_file(rank)
+        name = self._optimizer_file(rank)
+        with as_deepspeed_writes(self._files, name):
+            self._check_state(rank, self._optimizer(rank), name)
+        self._checked.add(rank)
+
+    def _check_state(self, rank: int, state: Mapping[str, Any], name: str) -> None:
         for group, size in enumerate(self._layout.partitions):
             lean = size - self._layout.padding(rank, group)
             for kind in ("model", *(MOMENTS if self.moments else ())):
@@ -105,11 +110,11 @@ class ZeroRank:
             raise UserError(
                 f"{self._files.folder / name}: step {step}, data rank 0 is at {self.step}: files of two saves"
             )
-        self._checked.add(rank)
 
     def _optimizer(self, rank: int) -> Mapping[str, Any]:
         name = self._optimizer_file(rank)
-        return need(self._files.header(name), "optimizer_state_dict", self._files, name)
+        with as_deepspeed_writes(self._files, name):
+            return self._files.header(name)["optimizer_state_dict"]
 
     def _touch(self, name: str) -> Mapping[str, Any]:
         self._files.verify(name)
@@ -132,7 +137,7 @@ class PlainRank:
     def __init__(self, files: Files, *, tp_rank: int, order: Sequence[str] | None) -> None:
         self._files, self._name = files, model_file(0, dp_rank=0, tp_rank=tp_rank)
         header = files.header(self._name)
-        tensors, buffers = need(header, "module", files, self._name), header["buffer_names"]
+        tensors, buffers = header["module"], header["buffer_names"]
         adam = header["optimizer"]
         if not isinstance(adam, dict) or not {"state", "param_groups"} <= adam.keys():
             raise UserError(
@@ -162,15 +167,9 @@ class PlainRank:
         self._files.verify(self._name)
         header = self._files.header(self._name)
         tensor = header["module"][name] if kind == "model" else header["optimizer"]["state"][self._ids[name]][kind]
-        copy = tensor.clone(memory_format=torch.contiguous_format)
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._files.touched(copy.nbytes)
         return copy
-
-
-def need(header: Mapping[str, Any], key: str, files: Files, name: str) -> Any:
-    if header.get(key) is None:
-        raise UserError(f"{files.folder / name}: has no {key}: not of a kind that is read here")
-    return header[key]
 
 
 def step_of(adam: Mapping[str, Any], optimizer: Mapping[str, Any]) -> int | None:

@@ -14,9 +14,9 @@ import yaml
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, OptimizerConfig, UserError, parse_config
-from sisa_dist.convert.deepspeed_files import Files, find_tag_folder, model_file, optimizer_file
+from sisa_dist.convert.deepspeed_files import Files, as_deepspeed_writes, find_tag_folder, model_file, optimizer_file
 from sisa_dist.convert.deepspeed_layout import optimizer_groups
-from sisa_dist.convert.deepspeed_ranks import MOMENTS, PlainRank, Rank, ZeroRank, need
+from sisa_dist.convert.deepspeed_ranks import MOMENTS, PlainRank, Rank, ZeroRank
 from sisa_dist.convert.recipe import check_specs
 from sisa_dist.model import LM, build_model
 from sisa_dist.parallel.apply import Slice, slices_of
@@ -56,8 +56,8 @@ class DeepSpeedSource:
         header = files.header(first)
         if header.get("module") is None or any(folder.glob("*expert_*")):
             raise UserError(f"{folder}: saved by a pipeline or a mixture of experts of DeepSpeed's: not read")
-        self.dp = int(need(header, "dp_world_size", files, first))
-        self.tp = int(need(header, "mp_world_size", files, first))
+        with as_deepspeed_writes(files, first):
+            self.dp, self.tp = int(header["dp_world_size"]), int(header["mp_world_size"])
         zero = any(folder.glob("*_optim_states.pt")) or header.get("param_shapes") is not None
         self._find_all(folder, sharded=sharded, zero=zero)
         self.config_text: str | None = (header.get(CLIENT_STATE) or {}).get("config")
@@ -71,12 +71,14 @@ class DeepSpeedSource:
         lm = _on_meta(model) if model else None
         self._slices: Mapping[str, Slice] = slices_of(lm, self.tp) if lm else {}
         order = [name for _, names in optimizer_groups(lm, OptimizerConfig()) for name in names] if lm else None
-        self._ranks: list[Rank] = [
-            ZeroRank(files, stage=3 if sharded else 2, dp=self.dp, tp_rank=tp_rank)
-            if zero
-            else PlainRank(files, tp_rank=tp_rank, order=order)
-            for tp_rank in range(self.tp)
-        ]
+        self._ranks: list[Rank] = []
+        for tp_rank in range(self.tp):
+            with as_deepspeed_writes(files, model_file(3 if sharded else 1, dp_rank=0, tp_rank=tp_rank)):
+                self._ranks.append(
+                    ZeroRank(files, stage=3 if sharded else 2, dp=self.dp, tp_rank=tp_rank)
+                    if zero
+                    else PlainRank(files, tp_rank=tp_rank, order=order)
+                )
         self.stage = 3 if sharded else int((zero and _stage(files)) or 0)
         if lm:
             self._check_model()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from sisa_dist.config import ModelConfig, UserError
+from sisa_dist.config import ModelConfig, RunConfig, UserError
 from sisa_dist.convert.opened import Opened, Target
 from sisa_dist.convert.recipe import Recipes, TensorSource
 
@@ -17,10 +16,16 @@ FORMATS = {  # in the order in which a path is tried
     "native": "sisa_dist.convert.native",
     "safetensors": "sisa_dist.convert.consolidated",
     "hf": "sisa_dist.convert.transformers_folder",
+    "deepspeed": "sisa_dist.convert.zero_folder",
 }
-ARCHITECTURES: dict[str, str] = {
-    "sisa": "sisa_dist.convert.hf_sisa"
-}  # by the model_type of config.json, in the order in which an export tries them
+ARCHITECTURES = {  # by the model_type of config.json, in the order in which an export tries them
+    "llama": "sisa_dist.convert.llama",
+    "mistral": "sisa_dist.convert.llama",
+    "qwen2": "sisa_dist.convert.llama",
+    "qwen3": "sisa_dist.convert.llama",
+    "gpt_neox": "sisa_dist.convert.neox",
+    "sisa": "sisa_dist.convert.hf_sisa",
+}
 
 
 class Format(Protocol):
@@ -48,8 +53,8 @@ class Format(Protocol):
 class Architecture(Protocol):
     """A module that maps a foreign architecture's tensors to ours, which here are without the prefix `model.`.
 
-    It may also have `dropped(names) -> frozenset[str]` (foreign tensors that hold no weights), `files(model,
-    tokenizer) -> dict[str, bytes]` (what lies beside the weights) and `reference_logits(folder, tokens_BT)`.
+    It may also have `dropped(model) -> frozenset[str]` (foreign tensors that hold no weights), `files() -> dict[str,
+    bytes]` (what lies beside weights, config and tokenizer) and `reference_logits(folder, tokens_BT)`.
     """
 
     MODEL_TYPES: tuple[str, ...]
@@ -81,40 +86,59 @@ def detect(path: Path) -> str:
     raise UserError(f"{path}: not a checkpoint of a known format ({', '.join(FORMATS)}): name another, or its folder")
 
 
-def open_checkpoint(path: Path, *, format: str | None = None) -> Opened:
-    """Raises UserError where it is damaged, of no known format or of no known architecture."""
-    return format_module(format or detect(path)).open_checkpoint(path)
+def open_checkpoint(path: Path, *, format: str | None = None, config: RunConfig | None = None) -> Opened:
+    """`config`: the run's, for DeepSpeed checkpoints that do not hold it.
+
+    Raises UserError where it is damaged, of no known format or of no known architecture.
+    """
+    name = format or detect(path)
+    if config is None:
+        return format_module(name).open_checkpoint(path)
+    if name != "deepspeed":
+        raise UserError(f"{path}: a {name} checkpoint says itself which model it is: leave --config out")
+    from sisa_dist.convert.zero_folder import open_with
+
+    return open_with(path, config)
 
 
 def architecture(model_type: Any) -> Architecture:
     if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES) or "none"
-        raise UserError(f"model_type {model_type!r} has no mapping to our models: those known are {known}")
+        raise UserError(
+            f"model_type {model_type!r} has no mapping to our models: those known are {', '.join(ARCHITECTURES)}"
+        )
     return cast(Architecture, importlib.import_module(ARCHITECTURES[model_type]))
 
 
-def architecture_for(model: ModelConfig, *, model_type: str | None) -> tuple[str, Architecture, Mapping[str, Any]]:
-    """(model_type, module, config.json) to write `model` as: the one asked for, else the first that can hold it."""
-    refusals = []
-    for name in [model_type] if model_type else ARCHITECTURES:
+def architecture_for(model: ModelConfig, *, model_type: str | None) -> tuple[Architecture, dict[str, Any]]:
+    """(module, config.json) to write `model` as: the architecture asked for, else the first that can hold it."""
+    if model_type is not None:
+        module = architecture(model_type)
+        config = module.write_config(model)
+        if config["model_type"] != model_type:
+            raise UserError(f"--model-type {model_type}: this model is one of type {config['model_type']}: give that")
+        return module, config
+    refusals: dict[str, str] = {}
+    for name, path in ARCHITECTURES.items():
+        if path in refusals:
+            continue
         module = architecture(name)
         try:
-            return name, module, module.write_config(model)
+            return module, module.write_config(model)
         except UserError as error:
-            if model_type:
-                raise
-            refusals.append(f"{name}: {error}")
-    raise UserError(f"no known architecture can hold this model ({'; '.join(refusals) or 'none is known'})")
+            refusals[path] = str(error)
+    raise UserError(f"no known architecture can hold this model: {'; '.join(refusals.values())}")
 
 
 def reference_logits(module: Architecture, folder: Path, tokens_BT: Tensor) -> Tensor:
     """[B, T, vocab_size] fp32 of the model in `folder`, run whole by transformers in fp32, not by us."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would be drawn through ours
     own = getattr(module, "reference_logits", None)
     if own is not None:
         return own(folder, tokens_BT)
-    import torch
-    from transformers import AutoModelForCausalLM
-
     # No code of the folder is run: these are transformers' own classes.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():

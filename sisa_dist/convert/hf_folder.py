@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,21 +47,16 @@ def _generation_config(tokenizer: bytes) -> bytes:
 
 
 def reference_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
-    """[B, T, vocab_size] fp32 of the SISA model in `folder`, run whole by transformers in fp32.
+    """[B, T, vocab_size] fp32 of the SISA model in `folder`, loaded and run by transformers in fp32.
 
-    The code in the folder runs only where it is ours to the byte; else our own copy of it reads the weights. Raises
-    UserError where transformers finds a weight missing or left over.
+    Code that lies in the folder is never run: our own copy of it is what an export ships. Raises UserError where
+    transformers finds a weight missing, left over or of another shape.
     """
-    from transformers import AutoModelForCausalLM
+    from sisa_dist.convert.modeling_sisa import SisaForCausalLM
 
-    code = folder / MODELING
-    settings: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-    if code.is_file() and code.read_bytes() == modeling_source():
-        model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
-    else:
-        from sisa_dist.convert.modeling_sisa import SisaForCausalLM
-
-        model, info = SisaForCausalLM.from_pretrained(folder, **settings)
+    model, info = SisaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
     for problem, names in info.items():
         if names:
             raise UserError(f"{folder}: transformers reports {problem}: {sorted(map(str, names))[0]}")

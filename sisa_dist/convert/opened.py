@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
+from sisa_dist.convert.families import parameter_shapes
 from sisa_dist.convert.recipe import TensorSource, check_specs
 from sisa_dist.convert.tensors import MODEL, MOMENTS, has_moments, weights_of
 from sisa_dist.model import build_model
@@ -24,6 +25,9 @@ class Target:
 
     model_type: str | None = None  # hf: the architecture to write it as; None: the first that can hold the model
     shard_bytes: int = 5_000_000_000  # hf: most a file holds
+    zero_stage: int = 1  # deepspeed: the run it is for, by stage, data and tensor-parallel ranks
+    dp: int = 1
+    tp: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,6 @@ class Opened:
 
     def without_moments(self) -> Opened:
         return replace(self, source=weights_of(self.source)) if self.has_moments else self
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Of every parameter of the model, by name."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in build_model(model).named_parameters()}
 
 
 def fp32_parameters(model: ModelConfig) -> frozenset[str]:

@@ -6,12 +6,12 @@ Which tensor becomes which is the architecture's own table (`formats.ARCHITECTUR
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sisa_dist.config import UserError
 from sisa_dist.convert.formats import architecture, architecture_for
+from sisa_dist.convert.hf_folder import tokenizer_files
 from sisa_dist.convert.opened import TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import Converted, TensorSource
 from sisa_dist.convert.safetensors_io import INDEX, SafetensorsFiles, write_shards
@@ -34,7 +34,7 @@ def open_checkpoint(path: Path) -> Opened:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     foreign = stored(path)
-    dropped: frozenset[str] = getattr(module, "dropped", lambda names: frozenset())(foreign.specs)
+    dropped: frozenset[str] = getattr(module, "dropped", lambda model: frozenset())(model)
     source = Converted(foreign, to_ours(module.imports(model)), dropped=dropped)
     tokenizer = path / TOKENIZER
     files = {TOKENIZER: tokenizer.read_bytes()} if tokenizer.is_file() else {}
@@ -56,19 +56,21 @@ def stored(path: Path) -> TensorSource:
 
 
 def made(opened: Opened, target: Target) -> TensorSource:
-    _, module, _ = architecture_for(opened.model, model_type=target.model_type)
+    module, _ = architecture_for(opened.model, model_type=target.model_type)
     return Converted(opened.source, from_ours(module.exports(opened.model)))
 
 
 def write(folder: Path, opened: Opened, source: TensorSource, target: Target) -> None:
-    model_type, module, config = architecture_for(opened.model, model_type=target.model_type)
-    wide = max(source.specs.values(), key=lambda spec: spec.numel()).dtype  # gains may be wider than matrices
+    module, config = architecture_for(opened.model, model_type=target.model_type)
+    matrices = max(source.specs.values(), key=lambda spec: spec.numel()).dtype  # gains may be wider
+    config["dtype"] = str(matrices).removeprefix("torch.")
+    if opened.config is not None and "max_position_embeddings" in config:
+        config["max_position_embeddings"] = opened.config.training.seq_len  # what it was trained at
     folder.mkdir()
-    files: Mapping[str, bytes] = getattr(module, "files", lambda model, tokenizer: {})(opened.model, opened.tokenizer)
+    files = tokenizer_files(opened.tokenizer) | getattr(module, "files", dict)()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    whole = {**config, "model_type": model_type, "dtype": str(wide).removeprefix("torch.")}
-    (folder / _CONFIG).write_text(json.dumps(whole, indent=2), encoding="utf-8")
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     write_shards(folder, source, most=target.shard_bytes)
 
 

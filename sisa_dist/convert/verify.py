@@ -42,13 +42,13 @@ def verify(
     wanted = logits(intended.source, intended.model, tokens_BT)
     yield _line("logits of source and destination", *_difference(wanted, found, most=SAME))
     changed = before.model != intended.model
-    if changed or _is_rounded(before, intended):
+    if changed or is_rounded(before, intended):
         # Rounding to bf16 has no right size; it is shown.
-        rounded = _is_rounded(before, intended)
+        rounded = is_rounded(before, intended)
         original = logits(before.source, before.model, tokens_BT)
         name = "logits before and after rounding" if rounded else "logits of the old and the new architecture"
         yield _line(name, *_difference(original, wanted, most=None if rounded else OTHER))
-    if before.foreign is not None and not changed and not _is_rounded(before, after):
+    if before.foreign is not None and not changed and not is_rounded(before, after):
         yield f"{way_back(before, after)} tensors come back as they were when written out again"
     yield _full(after, found, tokens_BT, how=how, whole=whole)
 
@@ -86,7 +86,9 @@ def _full(after: Opened, found: Tensor, tokens_BT: Tensor, *, how: Verify, whole
         return skipped(f"it needs {needed / 1e9:.1f} GB, half the free memory is {half} (--verify full does it)")
     assert opened.model_type is not None
     wanted = reference_logits(architecture(opened.model_type), folder, tokens_BT)[..., : opened.model.vocab_size]
-    return _line("logits of the whole model in transformers and here", *_difference(wanted, found, most=OTHER))
+    return _line(
+        "logits of the whole model in transformers and of the destination here", *_difference(wanted, found, most=OTHER)
+    )
 
 
 def _difference(a: Tensor, b: Tensor, *, most: float | None) -> tuple[float, float]:
@@ -106,7 +108,8 @@ def _line(what: str, difference: float, scale: float) -> str:
     return f"{what}: they differ by at most {difference:.3g}, the largest is {scale:.3g}"
 
 
-def _is_rounded(before: Opened, after: Opened) -> bool:
+def is_rounded(before: Opened, after: Opened) -> bool:
+    """Is `after` in a narrower dtype?"""
     return narrowest(after.source) < narrowest(before.source)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from data_pipeline.loader import Batch
 from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.config import RunConfig
+from sisa_dist.config import RunConfig, replace_file
 from sisa_dist.evaluation.lambada import lambada
 from sisa_dist.evaluation.niah import niah
 from sisa_dist.evaluation.perplexity import perplexity
@@ -61,9 +60,7 @@ def evaluate(
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """JSON, written beside and renamed: a reader sees the old file or the new one. inf and nan become null."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    replace_file(path, json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -49,8 +49,14 @@ class Metrics:
                 ) from None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:  # without the name of a file: it is open
+            raise UserError(
+                f"{self._file.name}: cannot be written ({error.strerror}): make room; the same command goes on from "
+                "the newest checkpoint"
+            ) from None
         if self._wandb is not None:
             flat: dict[str, Any] = {}
             for name, value in values.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.building import locked
-from sisa_dist.config import RunConfig, UserError, dump_config, load_config
+from sisa_dist.config import RunConfig, UserError, dump_config, load_config, replace_file
 from sisa_dist.parallel.mesh import Mesh
 
 # Keys that change speed, layout or reporting but not the result may differ between sittings of one run.
@@ -81,9 +81,7 @@ def open_run_folder(
                 "output_dir to start anew, or continue with the change by --accept-changes"
             )
     if mesh.is_main:
-        beside = stored.with_suffix(".tmp")
-        beside.write_text(dump_config(config), encoding="utf-8")
-        beside.rename(stored)
+        replace_file(stored, dump_config(config))
     mesh.barrier()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -76,9 +77,8 @@ def _train(
     described = loader.describe()
     state = begin(config, run_folder, engine, tokenizer=data.tokenizer, data=described, mesh=mesh)
     reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
-    saver = Saver(
-        run_folder, engine, config=config, tokenizer=data.tokenizer, data=described, mesh=mesh, failed=stop.ask
-    )
+    files = {"tokenizer.model": data.tokenizer.model, "data.json": json.dumps(described, indent=1).encode()}
+    saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)
     try:
         with saver:
             _loop(config, mesh, data, loader, engine, state, saver, reporter, run_folder, stop)

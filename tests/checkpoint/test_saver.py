@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,24 @@ def test_a_full_disk_stops_every_rank_with_the_same_line(tiny: RunConfig, small_
     done = _steps(config)
     assert done and _rest(config) == []
     verify(list_checkpoints(Path(config.output_dir))[-1])
+
+
+def test_a_disk_too_full_for_the_metrics_is_one_line(tiny: RunConfig, tmp_path: Path, small_disk: Path) -> None:
+    """The whole run on one full disk: whatever meets it first says so, and nothing whole is lost."""
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    run = small_disk / "run"
+    config = _with(tiny.model_copy(update={"output_dir": str(run)}), steps=3, checkpoint_every=1, eval_every=None)
+    train(config, quiet=True)
+    with (small_disk / "rest").open("wb", buffering=0) as rest, suppress(OSError):
+        while True:
+            rest.write(bytes(4096))
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        train(_with(config, steps=1000), accept_changes=True, quiet=True)
+    assert "\n" not in str(caught.value)
+    (small_disk / "rest").unlink()
+    verify(list_checkpoints(run)[-1])
+    train(_with(config, steps=5), accept_changes=True, quiet=True)
+    assert [record[0] for record in losses(run)] == [1, 2, 3, 4, 5]
 
 
 def test_a_read_only_folder_is_one_line(tiny: RunConfig, small_disk: Path) -> None:

@@ -98,7 +98,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return ModelConfig(**config["ours"])
 
     def write_config(model: ModelConfig) -> dict[str, Any]:
-        return {"ours": model.model_dump()}
+        return {"model_type": "toy", "ours": model.model_dump()}
 
     def names(model: ModelConfig) -> list[str]:
         with torch.device("meta"):

@@ -16,15 +16,13 @@ import torch
 from runs import tensors
 from sisa_dist.checkpoint import load_model, verify
 from sisa_dist.checkpoint.storage import SafeReader
-from sisa_dist.config import UserError
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.convert import consolidated, native
 from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.convert.formats import open_checkpoint
 from sisa_dist.convert.recipe import Recipe
 from sisa_dist.convert.safetensors_io import SafetensorsFile, write_safetensors
 from sisa_dist.convert.tensors import Selected, With
-
-ROOT = Path(__file__).parents[2]
 
 
 def run(source: Path, destination: Path, *, to: str, how: Any = "auto", **options: Any) -> list[str]:
@@ -62,12 +60,12 @@ def test_weights_alone_say_so(make_checkpoint: Callable[..., Any], tmp_path: Pat
     assert tensors(tmp_path / "back").keys() == {name for name in made.tensors if name.startswith("model.")}
 
 
-def test_a_converted_checkpoint_is_a_model_again(make_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_converted_checkpoint_is_a_model_again(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, tiny: RunConfig
+) -> None:
     made = make_checkpoint(moments=False)
-    tokenizer = next((ROOT.parent / "shared/data/tokenizers").glob("*.model"), None)
-    if tokenizer is None:
-        pytest.skip("no SentencePiece model beside the repository")
-    run(made.folder, tmp_path / "back", to="native", tokenizer=tokenizer.read_bytes())
+    tokenizer = (tiny.data_folder / "tokenizer.model").read_bytes()
+    run(made.folder, tmp_path / "back", to="native", tokenizer=tokenizer)
     model, _ = load_model(tmp_path / "back")
     tokens_BT = torch.arange(20)[None]
     assert torch.equal(model(tokens_BT), made.model(tokens_BT))
@@ -115,14 +113,8 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     out = capsys.readouterr().out.splitlines()
     (row,) = [line for line in out if line.startswith("x.blocks.1.mixer.wqk.weight ")]
-    assert row.split()[1:] == [
-        "[48,",
-        "32]",
-        "float32",
-        "←",
-        "model.blocks.1.mixer.wq.weight,",
-        "model.blocks.1.mixer.wk.weight",
-    ]
+    sources = "model.blocks.1.mixer.wq.weight, model.blocks.1.mixer.wk.weight"
+    assert " ".join(row.split()[1:]) == f"[48, 32] float32 ← {sources}"
     assert out[-1].startswith("44 tensors, ") and "nothing was written" in out[-1]
 
 
@@ -314,7 +306,10 @@ def test_the_whole_model_is_run_only_where_it_fits(
     monkeypatch.setattr("sisa_dist.convert.verify.free_memory", lambda: 100_000)
     assert "half the free memory is 0.0 GB" in run(made.folder, tmp_path / "a", to="hf")[-1]
     monkeypatch.setattr("sisa_dist.convert.verify.free_memory", lambda: 100_000_000)
-    assert "the whole model in transformers and here: they differ" in run(made.folder, tmp_path / "b", to="hf")[-1]
+    assert (
+        "the whole model in transformers and of the destination here: they differ"
+        in run(made.folder, tmp_path / "b", to="hf")[-1]
+    )
     with pytest.raises(UserError, match="--verify full is not possible: no other library"):
         run(made.folder, tmp_path / "c", to="native", how="full")
 

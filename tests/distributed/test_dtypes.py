@@ -16,7 +16,17 @@ from sisa_dist.parallel.mesh import init_mesh
 
 BASE = Case("dp2", "sisa", 2, "heterogeneous", "bf16", qk_norm=True)
 # Where numbers are made; casts, copies and collectives are the engines' own.
-OPS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.softplus", "aten.silu", "aten.rsqrt", "sisa_dist.bisected")
+OPS = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.softplus",
+    "aten.silu",
+    "aten.gelu",
+    "aten.rsqrt",
+    "aten.native_layer_norm",
+    "sisa_dist.bisected",
+)
 
 
 class _Dtypes(TorchDispatchMode):
@@ -80,7 +90,19 @@ def test_fsdp2_computes_in_bf16_and_keeps_the_small_things_exact(under_fsdp2: di
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_computes_in_the_same_dtypes(under_fsdp2: dict[str, Any], stage: int) -> None:
     case = dataclasses.replace(BASE, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
-    found = run_job(2, _dtypes, case)[0]
-    assert found["borders"] == under_fsdp2["borders"]
-    assert found["parameters"] == under_fsdp2["parameters"]
-    assert found["ops"] == under_fsdp2["ops"]
+    _same(run_job(2, _dtypes, case)[0], under_fsdp2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layer_norms_and_biases_too(stage: int) -> None:
+    case = dataclasses.replace(BASE, style="neox")
+    want = run_job(2, _dtypes, case)[0]
+    assert want["parameters"]["blocks.0.norm1.bias"] == ("torch.float32", True)
+    zero = dataclasses.replace(case, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
+    _same(run_job(2, _dtypes, zero)[0], want)
+
+
+def _same(found: dict[str, Any], want: dict[str, Any]) -> None:
+    assert found["borders"] == want["borders"]
+    assert found["parameters"] == want["parameters"]
+    assert found["ops"] == want["ops"]
