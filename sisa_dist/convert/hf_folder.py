@@ -20,9 +20,10 @@ def modeling_source() -> bytes:
     return Path(__file__).with_name(MODELING).read_bytes()
 
 
-def tokenizer_files(tokenizer: bytes | None) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: bytes | None, *, begins_with_eos: bool) -> dict[str, bytes]:
     """generation_config.json and the tokenizer's files, by name; `tokenizer` is the content of a tokenizer.model.
 
+    `begins_with_eos`: the model was trained here, where a document begins after an eos; bos is then named so too.
     Where no equal tokenizer.json can be made, only tokenizer.model is kept, and a warning says why. Raises UserError
     for what is no SentencePiece model.
     """
@@ -30,19 +31,23 @@ def tokenizer_files(tokenizer: bytes | None) -> dict[str, bytes]:
         return {}
     files = {"tokenizer.model": tokenizer}
     try:
-        files |= hf_tokenizer(tokenizer)
+        files |= hf_tokenizer(tokenizer, begins_with_eos=begins_with_eos)
     except NoEqualTokenizer as error:
         warnings.warn(str(error), stacklevel=2)
-    return files | {"generation_config.json": _generation_config(tokenizer)}
+    return files | {"generation_config.json": _generation_config(tokenizer, begins_with_eos)}
 
 
-def _generation_config(tokenizer: bytes) -> bytes:
+def _generation_config(tokenizer: bytes, begins_with_eos: bool) -> bytes:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     # As in tokenizer_config.json: padding is never eos.
     pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()
-    found = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": pad}
+    found = {
+        "bos_token_id": model.eos_id() if begins_with_eos else model.bos_id(),
+        "eos_token_id": model.eos_id(),
+        "pad_token_id": pad,
+    }
     return json.dumps({name: i for name, i in found.items() if i >= 0}, indent=2).encode()
 
 

@@ -67,7 +67,8 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
     if opened.config is not None and "max_position_embeddings" in config:
         config["max_position_embeddings"] = opened.config.training.seq_len  # what it was trained at
     folder.mkdir()
-    files = tokenizer_files(opened.tokenizer) | getattr(module, "files", dict)()
+    trained_here = opened.state()["step"] > 0
+    files = tokenizer_files(opened.tokenizer, begins_with_eos=trained_here) | getattr(module, "files", dict)()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

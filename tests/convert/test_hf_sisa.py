@@ -132,7 +132,7 @@ def test_a_fresh_process_without_our_packages(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([make_text(i) for i in range(60)], tmp_path / "t.model", vocab_size=320)
     model = random_model(tiny(**CASES["mixed"], qk_norm=True, vocab_size=320), decay=0.3)
     folder, tokens = write_weights(tmp_path / "exported", model), tokens_of(2, 13)
-    for name, content in (hf_sisa.files() | hf_folder.tokenizer_files(tokenizer.model)).items():
+    for name, content in (hf_sisa.files() | hf_folder.tokenizer_files(tokenizer.model, begins_with_eos=True)).items():
         (folder / name).write_bytes(content)
     assert {p.name for p in folder.iterdir()} == {
         "config.json",

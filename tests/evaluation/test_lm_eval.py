@@ -21,7 +21,7 @@ def test_likelihoods_do_not_depend_on_the_batch(
 ) -> None:
     """In the order of the requests; a context too long keeps its end, and is counted."""
     pairs = [(context, end) for context in CONTEXTS for end in (" return", " import the value of", " x")]
-    model = SisaLM(str(trained_run), batch_size=batch_size)
+    model = SisaLM(str(trained_run), add_bos_token=True, batch_size=batch_size)
     found = model.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     assert len(found) == 18
     for pair, (log_prob, greedy) in zip(pairs, found, strict=True):
@@ -32,7 +32,7 @@ def test_likelihoods_do_not_depend_on_the_batch(
 
 
 def test_a_shorter_length_sees_less_and_a_continuation_must_fit(trained_run: Path, plain: Plain) -> None:
-    model = SisaLM(str(trained_run), max_length=4)
+    model = SisaLM(str(trained_run), add_bos_token=True, max_length=4)
     ids = plain.tokenizer.encode("return the sum of all values")
     context, end = plain.tokenizer.decode(ids[:-1]), plain.tokenizer.decode(ids[-1:])
     ((log_prob, _),) = model.loglikelihood(requests("loglikelihood", [(context, end)]), disable_tqdm=True)
@@ -45,7 +45,7 @@ def test_a_shorter_length_sees_less_and_a_continuation_must_fit(trained_run: Pat
 def test_a_context_begins_as_a_document_does(trained_run: Path, plain: Plain) -> None:
     encode, eos = plain.tokenizer.encode, plain.eos
     pairs = requests("loglikelihood", [("x", " return"), ("", " return"), ("  ", "return")])
-    started = SisaLM(str(trained_run)).loglikelihood(pairs, disable_tqdm=True)
+    started = SisaLM(str(trained_run), add_bos_token=True).loglikelihood(pairs, disable_tqdm=True)
     bare = SisaLM(str(trained_run), add_bos_token=False).loglikelihood(pairs, disable_tqdm=True)
     expected = plain.likelihood([eos, *encode("x")], encode(" return"))[0]
     without = plain.likelihood(encode("x"), encode(" return"))[0]
@@ -56,7 +56,7 @@ def test_a_context_begins_as_a_document_does(trained_run: Path, plain: Plain) ->
         expected = plain.likelihood([eos], encode(text))[0]
         assert started[number][0] == pytest.approx(expected, abs=1e-4) and bare[number] == started[number]
     rolling = requests("loglikelihood_rolling", [("x return",), ("",)])
-    for model in (SisaLM(str(trained_run)), SisaLM(str(trained_run), add_bos_token=False)):
+    for model in (SisaLM(str(trained_run), add_bos_token=True), SisaLM(str(trained_run), add_bos_token=False)):
         assert model.loglikelihood_rolling(rolling, disable_tqdm=True) == [
             pytest.approx(plain.rolling("x return")),
             0.0,
@@ -65,17 +65,24 @@ def test_a_context_begins_as_a_document_does(trained_run: Path, plain: Plain) ->
 
 def test_where_context_ends_and_continuation_begins(trained_run: Path, plain: Plain) -> None:
     model, encode = SisaLM(str(trained_run), add_bos_token=False), plain.tokenizer.encode
+    started = SisaLM(str(trained_run), add_bos_token=True)
     # Spaces at the end of the context belong to the continuation.
     assert model._encode_pair("x ", "return") == (encode("x"), encode(" return"))
-    assert SisaLM(str(trained_run))._encode_pair("x", " return") == ([plain.eos, *encode("x")], encode(" return"))
+    assert started._encode_pair("x", " return") == (
+        [plain.eos, *encode("x")],
+        encode(" return"),
+    )
     # A piece that spans the boundary is the continuation's, where otherwise nothing would be left of it.
     assert [len(encode(text)) for text in ("def", "de", "x def", "x")] == [1, 1, 3, 1]
     assert model._encode_pair("x de", "f") == (encode("x def")[:2], encode("def"))
-    assert SisaLM(str(trained_run))._encode_pair("x de", "f") == ([plain.eos, *encode("x def")[:2]], encode("def"))
+    assert started._encode_pair("x de", "f") == (
+        [plain.eos, *encode("x def")[:2]],
+        encode("def"),
+    )
     assert model._encode_pair("de", "f") == ([plain.eos], encode("def"))
     # An empty continuation is certain.
     pairs = requests("loglikelihood", [("x", ""), ("x", " return")])
-    certain, other = SisaLM(str(trained_run)).loglikelihood(pairs, disable_tqdm=True)
+    certain, other = SisaLM(str(trained_run), add_bos_token=True).loglikelihood(pairs, disable_tqdm=True)
     assert certain == (0.0, True) and other[0] == pytest.approx(plain.of_text("x", " return")[0], abs=1e-4)
     assert model.loglikelihood(pairs[:1], disable_tqdm=True) == [certain]
 
@@ -88,7 +95,7 @@ def test_texts_are_greedy_and_do_not_depend_on_the_batch(
     monkeypatch.setattr(
         lm_eval_model, "generate_texts", lambda *a, **k: prompts.extend(a[2]) or generate_texts(*a, **k)
     )
-    model = SisaLM(str(trained_run), batch_size=batch_size)
+    model = SisaLM(str(trained_run), add_bos_token=True, batch_size=batch_size)
     options = [{"until": [], "max_gen_toks": 10}, {"until": ["\n"], "max_gen_toks": 5}]
     asked = requests("generate_until", [(context, option) for context in [*CONTEXTS, ""] for option in options])
     expected = []
@@ -105,12 +112,12 @@ def test_texts_are_greedy_and_do_not_depend_on_the_batch(
 
 
 def test_without_a_number_half_the_length_is_written_at_most(trained_run: Path, plain: Plain) -> None:
-    (text,) = SisaLM(str(trained_run)).generate_until(requests("generate_until", [("x", {})]))
+    (text,) = SisaLM(str(trained_run), add_bos_token=True).generate_until(requests("generate_until", [("x", {})]))
     assert text == plain.greedy("x", SEQ_LEN // 2)
 
 
 def test_the_harness_cache_holds_each_answer_once(trained_run: Path, tmp_path: Path) -> None:
-    model = SisaLM(str(trained_run))
+    model = SisaLM(str(trained_run), add_bos_token=True)
     cached: Any = CachingLM(model, str(tmp_path / "cache.db"))
     asked = {
         "loglikelihood": requests("loglikelihood", [("x", " return"), ("", " y")]),
@@ -125,7 +132,9 @@ def test_the_harness_cache_holds_each_answer_once(trained_run: Path, tmp_path: P
 
 def test_bf16_is_near_and_not_the_same(trained_run: Path, plain: Plain) -> None:
     pair = requests("loglikelihood", [("def load(path):", " return the value")])
-    ((found, _),) = SisaLM(str(trained_run), dtype="bfloat16").loglikelihood(pair, disable_tqdm=True)
+    ((found, _),) = SisaLM(str(trained_run), add_bos_token=True, dtype="bfloat16").loglikelihood(
+        pair, disable_tqdm=True
+    )
     expected = plain.of_text("def load(path):", " return the value")[0]
     assert found == pytest.approx(expected, rel=2e-2) and found != pytest.approx(expected, rel=1e-6)
 

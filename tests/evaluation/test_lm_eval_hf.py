@@ -28,10 +28,10 @@ def models(
     train(load_config(QUICKSTART, overrides), quiet=True)
     for _ in convert(plan(home / "run", to="hf"), home / "hf"):
         pass
-    ours = SisaLM(str(home / "run"), add_bos_token=False, batch_size=4)
+    ours = SisaLM(str(home / "run"), batch_size=4)
     theirs = HFLM(
         pretrained=str(home / "hf"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
-        max_length=ours.max_length, add_bos_token=False, prefix_token_id=ours.eot_token_id,
+        max_length=ours.max_length,
     )  # fmt: skip
     return ours, theirs
 

@@ -62,7 +62,11 @@ def test_tasks_of_every_kind_give_the_numbers_of_plain_logits(
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: reached.append(arguments))
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
     results, path = run_lm_eval(
-        trained_run, ["tiny_*"], task_folder=tmp_path, model_args=["batch_size=4"], bootstrap_iters=0
+        trained_run,
+        ["tiny_*"],
+        task_folder=tmp_path,
+        model_args=["batch_size=4", "add_bos_token=True"],
+        bootstrap_iters=0,
     )
     assert reached == []
     found = results["results"]
@@ -109,7 +113,8 @@ def test_the_command(sisa: Callable[..., tuple], plain: Plain, tmp_path: Path) -
         doc_to_target=" value", metric_list=[{"metric": "perplexity"}],
     )  # fmt: skip
     out = tmp_path / "out.json"
-    code, said, _ = sisa("one", "--tasks", str(tmp_path), "--limit", "1", "--out", str(out))
+    start = ("--model-arg", "add_bos_token=True")
+    code, said, _ = sisa("one", "--tasks", str(tmp_path), "--limit", "1", *start, "--out", str(out))
     assert code == 0
     assert json.loads(out.read_text(encoding="utf-8"))["n-samples"]["one"] == {"original": 2, "effective": 1}
     value = math.exp(-plain.of_text("x", " value")[0])
