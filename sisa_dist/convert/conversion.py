@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import Converted, TensorSource
@@ -126,7 +125,7 @@ def convert(
             raise UserError(f"{destination}: the tokenizer reads back other than it was written: try another disk")
         yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
         staging.rename(destination)
-        _fsync(parent)
+        sync(parent)
     except UserError as error:
         raise UserError(str(error).replace(str(staging), str(destination))) from error
     except OSError as error:
@@ -142,11 +141,3 @@ def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | No
     if plan.before.model_type is not None and not is_rounded(plan.before, after):
         return plan.before, plan.before.path  # an upcycled model computes what the old one does
     return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
