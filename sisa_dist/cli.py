@@ -96,7 +96,7 @@ def lm_eval(
     folder: Annotated[Path | None, typer.Option("--tasks", help="A folder of task YAML files of your own.")] = None,
     model_args: Annotated[
         list[str] | None,
-        typer.Option("--model-arg", metavar="KEY=VALUE", help="E.g. batch_size=32, add_bos_token=False. Repeatable."),
+        typer.Option("--model-arg", metavar="KEY=VALUE", help="E.g. batch_size=32, add_bos_token=True. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sisa_dist.config import UserError
+from sisa_dist.config import UserError, load_config
 from sisa_dist.convert.command import run
 from sisa_dist.convert.conversion import Plan, convert, plan
 from sisa_dist.convert.opened import Target
@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, run folder, file or folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The file or folder to make.")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, safetensors or hf.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="native, safetensors, hf or deepspeed.")],
     from_format: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="Of SRC; seen by itself.")] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of matrices; gains and decays stay fp32.")] = "fp32",
     moments: Annotated[
@@ -43,6 +43,10 @@ def command(
     ] = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="hf: most a file holds.")] = 5.0,
     tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece model to go with it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="The run's YAML, for a DeepSpeed SRC without it.")] = None,
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="deepspeed: of the run it is for.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="deepspeed: data-parallel ranks of it.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="deepspeed: tensor-parallel ranks of it.")] = 1,
     verify: Annotated[
         Literal["auto", "blocks", "full"],
         typer.Option(help="full: transformers runs the whole model too; auto: where it fits into half the memory."),
@@ -57,7 +61,8 @@ def command(
         moments=moments,
         d_s=_channels(upcycle),
         tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
-        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9)),
+        config=None if config is None else load_config(config),
+        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9), zero_stage=zero_stage, dp=dp, tp=tp),
     )
     kind = planned.before.model_type or "this framework"
     print(f"{planned.before.path}: {planned.before.format}, a model of {kind} → {destination}: {to}")

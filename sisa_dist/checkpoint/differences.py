@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint.manifest import read_manifest
 from sisa_dist.config import ModelConfig, UserError, load_config
+
+TOKENIZER = "tokenizer.model"
+_log = logging.getLogger(__name__)
 
 # Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them.
 FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_theta")
@@ -26,8 +31,14 @@ def check_model(checkpoint: Path, model: ModelConfig) -> None:
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Raises UserError where token ids mean something else here than in the checkpoint."""
-    stored = Tokenizer.load(checkpoint / "tokenizer.model")
+    """Raises UserError where token ids mean something else here than in the checkpoint.
+
+    An imported model may have come without a SentencePiece model: then nothing can be compared, which is said.
+    """
+    if TOKENIZER not in read_manifest(checkpoint):
+        _log.warning("%s: holds no tokenizer: that its token ids mean the same as here is yours to know", checkpoint)
+        return
+    stored = Tokenizer.load(checkpoint / TOKENIZER)
     if stored.sha256 == tokenizer.sha256:
         return
     raise UserError(

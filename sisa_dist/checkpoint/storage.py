@@ -94,7 +94,12 @@ def _write_file(folder: Path, name: str, items: list[WriteItem], planner: SavePl
             if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
                 tensor = tensor.clone()  # torch.save would write the whole storage a view lies in
             start = stream.size
-            torch.save(tensor, stream)  # type: ignore[arg-type]
+            try:
+                torch.save(tensor, stream)  # type: ignore[arg-type]
+            except RuntimeError:  # its writer, closed half-way, hides why the write failed
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
             spans.append((item, start, stream.size - start))
         raw.flush()
         os.fsync(raw.fileno())
@@ -110,11 +115,17 @@ class _Hashing:
 
     def __init__(self, raw: Any) -> None:
         self.raw, self.digest, self.size = raw, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        try:
+            written = self.raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.digest.update(data)
-        self.size += len(data)
-        return self.raw.write(data)
+        self.size += written
+        return written
 
     def flush(self) -> None:
         self.raw.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sisa_dist.checkpoint.manifest import FileEntry, hash_file, write_manifest
 from sisa_dist.checkpoint.storage import METADATA, HashingWriter
-from sisa_dist.config import UserError
+from sisa_dist.config import UserError, sync
 
 
 def write_checkpoint(
@@ -39,16 +38,16 @@ def write_checkpoint(
         for name, content in files.items():
             (staging / name).write_bytes(content)
         for name in (METADATA, *files):
-            _fsync(staging / name)
+            sync(staging / name)
             entries[name] = hash_file(staging / name)
         write_manifest(staging, entries)
         for path in staging.glob("manifest*"):
-            _fsync(path)
-        _fsync(staging)
+            sync(path)
+        sync(staging)
         if final.exists():
             remove(final)
         staging.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
 
     try:
         with warnings.catch_warnings():
@@ -82,11 +81,3 @@ def reason(error: dcp.api.CheckpointException) -> str:
         lines = [line.strip() for line in str(first).splitlines() if line.strip()]
         text = lines[0] if lines else type(first).__name__
     return text if len(error.failures) < 2 or not rank else f"rank {rank}: {text}"
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """The typed config of a run. Lowest layer: everything imports it, it imports nothing of ours."""
 
 from sisa_dist.config.errors import UserError
-from sisa_dist.config.files import replace_file
+from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.schema import (
@@ -38,4 +38,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "replace_file",
+    "sync",
 ]

@@ -1,4 +1,4 @@
-"""A small file replaced as a whole: a reader sees the old one or the new one, and a full disk is one line."""
+"""What is written is whole: small files replaced at once, and what must outlive a power cut synced to the disk."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def replace_file(path: Path, text: str) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}): make room or mend the folder") from None
+
+
+def sync(path: Path) -> None:
+    """Returns when the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -11,9 +13,16 @@ from sisa_dist.config import UserError
 
 
 def run(app: typer.Typer, argv: Sequence[str] | None, *, name: str) -> int:
-    """The exit code of `app` with the arguments `argv` (None: the process's own)."""
+    """The exit code of `app` with the arguments `argv` (None: the process's own). Warnings of ours are lines too."""
+
+    def say(warning: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"{name}: {warning}", file=sys.stderr)
+
     try:
-        app(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = say  # type: ignore[assignment]
+            app(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from sisa_dist.config import UserError
+from sisa_dist.config import RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import Converted, TensorSource
@@ -53,6 +52,7 @@ def plan(
     moments: bool | None = None,
     d_s: int | list[int] | None = None,
     tokenizer: bytes | None = None,
+    config: RunConfig | None = None,
     target: Target | None = None,
 ) -> Plan:
     """The conversion of what lies at `path` to the format `to`. Opens headers only.
@@ -61,7 +61,7 @@ def plan(
     upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
     Raises UserError for what cannot be done.
     """
-    module, before, target = format_module(to), open_checkpoint(path, format=format), target or Target()
+    module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
     if tokenizer is not None:
         before = replace(before, files={**before.files, TOKENIZER: tokenizer})
     if dtype != "fp32" and module.MASTERS:
@@ -121,9 +121,11 @@ def convert(
         check_written(noted.hashes, found, what=str(destination))
         yield f"{len(noted.hashes)} tensors, {plan.bytes / 1e9:.3f} GB, read back as they were written"
         after = module.open_checkpoint(staging)
+        if after.tokenizer != plan.intended.tokenizer:
+            raise UserError(f"{destination}: the tokenizer reads back other than it was written: try another disk")
         yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
         staging.rename(destination)
-        _fsync(parent)
+        sync(parent)
     except UserError as error:
         raise UserError(str(error).replace(str(staging), str(destination))) from error
     except OSError as error:
@@ -139,11 +141,3 @@ def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | No
     if plan.before.model_type is not None and not is_rounded(plan.before, after):
         return plan.before, plan.before.path  # an upcycled model computes what the old one does
     return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

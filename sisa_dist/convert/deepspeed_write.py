@@ -7,7 +7,6 @@ written: the order of parameters in those groups is all that says which element 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import RunConfig, UserError, sync
 from sisa_dist.convert.deepspeed_files import model_file, optimizer_file
 from sisa_dist.convert.deepspeed_layout import Group, Layout, optimizer_groups, sub_groups
 from sisa_dist.convert.deepspeed_ranks import MOMENTS
@@ -59,7 +58,7 @@ def write_deepspeed(
     try:
         _write(source, beside, states, slices, progress)
         beside.rename(path)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): choose a place with room") from None
     finally:
@@ -139,7 +138,7 @@ def _write(
         flats.remove()
     (folder / "latest").write_text(tag, encoding="utf-8")
     for written in (folder / "latest", folder / tag, folder):
-        _fsync(written)
+        sync(written)
 
 
 class _Scratch:
@@ -187,12 +186,4 @@ def _save(content: dict[str, Any], path: Path) -> None:
         torch.save(content, path)
     except RuntimeError as error:  # how its writer says that the disk is full
         raise OSError(f"{path.name}: {str(error).splitlines()[0]}") from None
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

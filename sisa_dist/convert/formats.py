@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from sisa_dist.config import ModelConfig, UserError
+from sisa_dist.config import ModelConfig, RunConfig, UserError
 from sisa_dist.convert.opened import Opened, Target
 from sisa_dist.convert.recipe import Recipes, TensorSource
 
@@ -16,6 +16,7 @@ FORMATS = {  # in the order in which a path is tried
     "native": "sisa_dist.convert.native",
     "safetensors": "sisa_dist.convert.consolidated",
     "hf": "sisa_dist.convert.transformers_folder",
+    "deepspeed": "sisa_dist.convert.zero_folder",
 }
 ARCHITECTURES = {  # by the model_type of config.json, in the order in which an export tries them
     "llama": "sisa_dist.convert.llama",
@@ -52,8 +53,8 @@ class Format(Protocol):
 class Architecture(Protocol):
     """A module that maps a foreign architecture's tensors to ours, which here are without the prefix `model.`.
 
-    It may also have `dropped(model) -> frozenset[str]` (foreign tensors that hold no weights), `files(model,
-    tokenizer) -> dict[str, bytes]` (what lies beside the weights) and `reference_logits(folder, tokens_BT)`.
+    It may also have `dropped(model) -> frozenset[str]` (foreign tensors that hold no weights), `files() -> dict[str,
+    bytes]` (what lies beside weights, config and tokenizer) and `reference_logits(folder, tokens_BT)`.
     """
 
     MODEL_TYPES: tuple[str, ...]
@@ -85,9 +86,19 @@ def detect(path: Path) -> str:
     raise UserError(f"{path}: not a checkpoint of a known format ({', '.join(FORMATS)}): name another, or its folder")
 
 
-def open_checkpoint(path: Path, *, format: str | None = None) -> Opened:
-    """Raises UserError where it is damaged, of no known format or of no known architecture."""
-    return format_module(format or detect(path)).open_checkpoint(path)
+def open_checkpoint(path: Path, *, format: str | None = None, config: RunConfig | None = None) -> Opened:
+    """`config`: the run's, for DeepSpeed checkpoints that do not hold it.
+
+    Raises UserError where it is damaged, of no known format or of no known architecture.
+    """
+    name = format or detect(path)
+    if config is None:
+        return format_module(name).open_checkpoint(path)
+    if name != "deepspeed":
+        raise UserError(f"{path}: a {name} checkpoint says itself which model it is: leave --config out")
+    from sisa_dist.convert.zero_folder import open_with
+
+    return open_with(path, config)
 
 
 def architecture(model_type: Any) -> Architecture:
@@ -120,12 +131,14 @@ def architecture_for(model: ModelConfig, *, model_type: str | None) -> tuple[Arc
 
 def reference_logits(module: Architecture, folder: Path, tokens_BT: Tensor) -> Tensor:
     """[B, T, vocab_size] fp32 of the model in `folder`, run whole by transformers in fp32, not by us."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would be drawn through ours
     own = getattr(module, "reference_logits", None)
     if own is not None:
         return own(folder, tokens_BT)
-    import torch
-    from transformers import AutoModelForCausalLM
-
     # No code of the folder is run: these are transformers' own classes.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,10 @@ def modeling_source() -> bytes:
     return Path(__file__).with_name(MODELING).read_bytes()
 
 
-def tokenizer_files(tokenizer: bytes | None) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: bytes | None, *, begins_with_eos: bool) -> dict[str, bytes]:
     """generation_config.json and the tokenizer's files, by name; `tokenizer` is the content of a tokenizer.model.
 
+    `begins_with_eos`: the model was trained here, where a document begins after an eos; bos is then named so too.
     Where no equal tokenizer.json can be made, only tokenizer.model is kept, and a warning says why. Raises UserError
     for what is no SentencePiece model.
     """
@@ -31,38 +31,37 @@ def tokenizer_files(tokenizer: bytes | None) -> dict[str, bytes]:
         return {}
     files = {"tokenizer.model": tokenizer}
     try:
-        files |= hf_tokenizer(tokenizer)
+        files |= hf_tokenizer(tokenizer, begins_with_eos=begins_with_eos)
     except NoEqualTokenizer as error:
         warnings.warn(str(error), stacklevel=2)
-    return files | {"generation_config.json": _generation_config(tokenizer)}
+    return files | {"generation_config.json": _generation_config(tokenizer, begins_with_eos)}
 
 
-def _generation_config(tokenizer: bytes) -> bytes:
+def _generation_config(tokenizer: bytes, begins_with_eos: bool) -> bytes:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer)
     # As in tokenizer_config.json: padding is never eos.
     pad = model.pad_id() if model.pad_id() >= 0 else model.unk_id()
-    found = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id(), "pad_token_id": pad}
+    found = {
+        "bos_token_id": model.eos_id() if begins_with_eos else model.bos_id(),
+        "eos_token_id": model.eos_id(),
+        "pad_token_id": pad,
+    }
     return json.dumps({name: i for name, i in found.items() if i >= 0}, indent=2).encode()
 
 
 def reference_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
-    """[B, T, vocab_size] fp32 of the SISA model in `folder`, run whole by transformers in fp32.
+    """[B, T, vocab_size] fp32 of the SISA model in `folder`, loaded and run by transformers in fp32.
 
-    The code in the folder runs only where it is ours to the byte; else our own copy of it reads the weights. Raises
-    UserError where transformers finds a weight missing or left over.
+    Code that lies in the folder is never run: our own copy of it is what an export ships. Raises UserError where
+    transformers finds a weight missing, left over or of another shape.
     """
-    from transformers import AutoModelForCausalLM
+    from sisa_dist.convert.modeling_sisa import SisaForCausalLM
 
-    code = folder / MODELING
-    settings: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
-    if code.is_file() and code.read_bytes() == modeling_source():
-        model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **settings)
-    else:
-        from sisa_dist.convert.modeling_sisa import SisaForCausalLM
-
-        model, info = SisaForCausalLM.from_pretrained(folder, **settings)
+    model, info = SisaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
     for problem, names in info.items():
         if names:
             raise UserError(f"{folder}: transformers reports {problem}: {sorted(map(str, names))[0]}")

@@ -35,6 +35,7 @@ _SAME = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
+_NEEDED = set(_SAME.values()) - {"vocab_multiple"}
 _KNOWN = {*_SAME, "n_kv_heads", "head_dim", "mixer", "d_s"}
 _MIXERS = {"sisa", "attention"}
 
@@ -97,7 +98,8 @@ def read_config(hf_config: dict[str, Any]) -> ModelConfig:
     Values that repeat a default (n_kv_heads = n_heads, one d_s for all layers) come back in their short form.
     """
     try:
-        given = {ours: hf_config[theirs] for ours, theirs in _SAME.items()}
+        # vocab_multiple is ours alone: a model born in transformers has none, and takes the default.
+        given = {ours: hf_config[theirs] for ours, theirs in _SAME.items() if theirs in (*hf_config, *_NEEDED)}
         d_s = list(hf_config["layer_d_s"])
         n_heads, width = int(hf_config["num_attention_heads"]), int(hf_config["hidden_size"])
         kv_heads, head_dim = hf_config.get("num_key_value_heads"), hf_config.get("head_dim")
@@ -148,9 +150,9 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
     }
 
 
-def files(model: ModelConfig, tokenizer: bytes | None) -> dict[str, bytes]:
-    """What lies beside weights and config.json: the code, and the tokenizer's files where there is one."""
-    return {hf_folder.MODELING: hf_folder.modeling_source(), **hf_folder.tokenizer_files(tokenizer)}
+def files() -> dict[str, bytes]:
+    """What lies beside weights, config.json and the tokenizer: the code."""
+    return {hf_folder.MODELING: hf_folder.modeling_source()}
 
 
 def _names(model: ModelConfig) -> dict[str, str]:

@@ -63,9 +63,10 @@ _CHECKED_TEXTS = [
 ]
 
 
-def hf_tokenizer(model: bytes) -> dict[str, bytes]:
+def hf_tokenizer(model: bytes, *, begins_with_eos: bool = False) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json of a SentencePiece model (the content of a tokenizer.model).
 
+    `begins_with_eos`: eos is named as bos too, because in training a document begins after one and bos never occurs.
     Raises NoEqualTokenizer, with what differs, where the ids of some text would, UserError for what is no such model.
     """
     sentencepiece_model: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
@@ -75,7 +76,7 @@ def hf_tokenizer(model: bytes) -> dict[str, bytes]:
     pieces = pieces_of(proto)
     whole = _build(proto, pieces)
     check(ours, whole, pieces, unigram=proto.trainer_spec.model_type == _UNIGRAM)
-    return {"tokenizer.json": whole.to_str().encode(), "tokenizer_config.json": _config(proto, pieces)}
+    return {"tokenizer.json": whole.to_str().encode(), "tokenizer_config.json": _config(proto, pieces, begins_with_eos)}
 
 
 def pieces_of(proto: Any) -> list[Piece]:
@@ -218,12 +219,13 @@ def _reserved_pattern(pieces: list[Piece]) -> Any:
     return Regex("|".join(cuts)) if cuts else None
 
 
-def _config(proto: Any, pieces: list[Piece]) -> bytes:
+def _config(proto: Any, pieces: list[Piece], begins_with_eos: bool) -> bytes:
     names, types = [piece.text for piece in pieces], [piece.type for piece in pieces]
     trainer = proto.trainer_spec
+    bos = trainer.eos_id if begins_with_eos else trainer.bos_id
     special = {
         key: names[i]
-        for key, i in (("bos_token", trainer.bos_id), ("eos_token", trainer.eos_id))
+        for key, i in (("bos_token", bos), ("eos_token", trainer.eos_id))
         if 0 <= i < len(types) and types[i] == _CONTROL
     }
     unk = names[types.index(_UNKNOWN)]

@@ -17,8 +17,7 @@ head, s SSM channels of a head (the pairs (2m, 2m+1) turn together).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import field
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +49,7 @@ class SisaConfig(PretrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int = 0  # 0: num_attention_heads
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
-    layer_d_s: list[int] = field(default_factory=list)
+    layer_d_s: Sequence[int] = ()
     log_alpha_min: float | None = None  # log α is clamped to it, as it was in training
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
@@ -63,15 +62,18 @@ class SisaConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("rope_scaling") or kwargs.get("rope_parameters"):
             raise ValueError("SISA's rotary embedding is set by rope_theta alone: remove rope_scaling, rope_parameters")
+        own = {name: kwargs.pop(name, getattr(SisaConfig, name)) for name in SisaConfig.__annotations__}
+        super().__init__(**kwargs)
+        for name, value in own.items():
+            setattr(self, name, value)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.layer_d_s = list(self.layer_d_s) or [32] * self.num_hidden_layers
         if len(self.layer_d_s) != self.num_hidden_layers or any(d_s < 0 or d_s % 2 for d_s in self.layer_d_s):
             raise ValueError(f"layer_d_s {self.layer_d_s}: give {self.num_hidden_layers} even numbers")
-        super().__post_init__(**kwargs)
 
 
 class SisaCacheLayer(DynamicLayer):
@@ -386,7 +388,8 @@ class SisaForCausalLM(SisaPreTrainedModel, GenerationMixin):
         **flags: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, t, vocab_size]. labels [B, t] are the input_ids, shifted inside; −100 does not count."""
-        flags["return_dict"] = True
+        flags |= {"return_dict": True}
+        flags.pop("cache_position", None)  # of transformers 5.0; the cache knows
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **flags)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.lm_head(out.last_hidden_state[:, kept]), None

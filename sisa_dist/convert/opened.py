@@ -25,6 +25,9 @@ class Target:
 
     model_type: str | None = None  # hf: the architecture to write it as; None: the first that can hold the model
     shard_bytes: int = 5_000_000_000  # hf: most a file holds
+    zero_stage: int = 1  # deepspeed: the run it is for, by stage, data and tensor-parallel ranks
+    dp: int = 1
+    tp: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ Which tensor becomes which is the architecture's own table (`formats.ARCHITECTUR
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sisa_dist.config import UserError
 from sisa_dist.convert.formats import architecture, architecture_for
+from sisa_dist.convert.hf_folder import tokenizer_files
 from sisa_dist.convert.opened import TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import Converted, TensorSource
 from sisa_dist.convert.safetensors_io import INDEX, SafetensorsFiles, write_shards
@@ -67,7 +67,8 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
     if opened.config is not None and "max_position_embeddings" in config:
         config["max_position_embeddings"] = opened.config.training.seq_len  # what it was trained at
     folder.mkdir()
-    files: Mapping[str, bytes] = getattr(module, "files", lambda model, tokenizer: {})(opened.model, opened.tokenizer)
+    trained_here = opened.state()["step"] > 0
+    files = tokenizer_files(opened.tokenizer, begins_with_eos=trained_here) | getattr(module, "files", dict)()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -65,8 +65,9 @@ class SisaLM(TemplateLM):
     bfloat16 for linear layers and the residual stream (norms and decays stay fp32, as in training). max_length: tokens
     the model sees at once, default training.seq_len; a longer context loses its beginning and is counted.
     max_gen_toks: tokens made where a task does not say, at most half of max_length. add_bos_token: whether every
-    context begins with the end-of-document token, which is what a document begins after in training; false is what the
-    harness does with a GPT-NeoX tokenizer, and what published LAMBADA figures have. Raises UserError.
+    context begins with the end-of-document token, which is what a document begins after in training. False is what
+    the harness's `hf` model does with an exported folder, what our own LAMBADA does and what published figures have.
+    Raises UserError.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class SisaLM(TemplateLM):
         dtype: str = "float32",
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        add_bos_token: bool = True,
+        add_bos_token: bool = False,
     ) -> None:
         super().__init__()
         folder = find_checkpoint(str(checkpoint))

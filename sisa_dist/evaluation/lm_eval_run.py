@@ -38,7 +38,7 @@ def run_lm_eval(
     tasks: names of tasks, groups or tags, or patterns of them; those in `task_folder` (YAML files) come before the
     harness's own, and where they suffice nothing else is read and no network is touched. model_args: KEY=VALUE of
     SisaLM, besides checkpoint. limit: documents a task. bootstrap_iters: draws behind the standard errors, 0 for none.
-    Raises UserError where lm-eval, the checkpoint or a task is missing.
+    Raises UserError where lm-eval, the checkpoint, a task or its data is missing.
     """
     try:
         from lm_eval import simple_evaluate
@@ -57,17 +57,23 @@ def run_lm_eval(
         raise UserError(f"--out {path}: there is no folder {path.parent}: make it, or name another file")
     arguments = _read_arguments(model_args, inspect.signature(SisaLM).parameters)
     manager, names = _find_tasks(tasks, task_folder)
-    with _uncounted():
-        results = simple_evaluate(
-            model="sisa",
-            model_args={"checkpoint": str(checkpoint), **arguments},
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=bootstrap_iters,
-            log_samples=False,
-        )
+    try:
+        with _uncounted():
+            results = simple_evaluate(
+                model="sisa",
+                model_args={"checkpoint": str(checkpoint), **arguments},
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                bootstrap_iters=bootstrap_iters,
+                log_samples=False,
+            )
+    except ConnectionError as error:
+        raise UserError(
+            f"{' '.join(str(error).split())}: the harness's tasks fetch their data once: connect, or name a folder of "
+            "tasks with data of your own"
+        ) from error
     assert results is not None  # one process
     # Functions, numpy numbers and dtypes become what the harness would have written.
     plain = json.loads(json.dumps(results, default=handle_non_serializable))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.tokenizer import train_tokenizer
 from sisa_dist.checkpoint import write_checkpoint
 from sisa_dist.config import ModelConfig, parse_config
 from sisa_dist.convert import formats
@@ -42,8 +43,15 @@ class Made:
     tensors: dict[str, torch.Tensor]
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    text = "the quick brown fox jumps over the lazy dog, and the dog sleeps on and on\n" * 20
+    return train_tokenizer([text], path, vocab_size=300).model
+
+
 @pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Made]:
+def make_checkpoint(tmp_path: Path, tokenizer: bytes) -> Callable[..., Made]:
     """make_checkpoint(name="a", moments=True, **model settings): a checkpoint folder with values all over the place."""
 
     def make(name: str = "step_00000007", *, moments: bool = True, **settings: Any) -> Made:
@@ -65,7 +73,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Made]:
         files = {
             "config.yaml": json.dumps(config.model_dump()).encode(),
             "state.json": json.dumps(STATE | {"weights_only": not moments}).encode(),
-            "tokenizer.model": bytes(range(256)),
+            "tokenizer.model": tokenizer,
             "data.json": b'{"fingerprint": "abc"}',
         }
         folder = tmp_path / name

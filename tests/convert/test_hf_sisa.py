@@ -20,6 +20,7 @@ from samples import make_text
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import hf_folder, hf_sisa
 from sisa_dist.convert.conversion import convert, plan
+from sisa_dist.convert.formats import open_checkpoint
 from sisa_dist.convert.recipe import Converted
 from sisa_dist.model import generate
 
@@ -127,12 +128,11 @@ def run_alone(tmp_path: Path, *arguments: Path) -> Any:
     return json.loads(Path(f"{arguments[-1]}.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["grouped", "mixed"])
-def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None:
+def test_a_fresh_process_without_our_packages(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([make_text(i) for i in range(60)], tmp_path / "t.model", vocab_size=320)
-    model = random_model(tiny(**CASES[case], vocab_size=320), decay=0.3)
+    model = random_model(tiny(**CASES["mixed"], qk_norm=True, vocab_size=320), decay=0.3)
     folder, tokens = write_weights(tmp_path / "exported", model), tokens_of(2, 13)
-    for name, content in hf_sisa.files(model.config, tokenizer.path.read_bytes()).items():
+    for name, content in (hf_sisa.files() | hf_folder.tokenizer_files(tokenizer.model, begins_with_eos=True)).items():
         (folder / name).write_bytes(content)
     assert {p.name for p in folder.iterdir()} == {
         "config.json",
@@ -151,6 +151,9 @@ def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None
     largest = wanted.abs().max()
     assert (made["logits"] - wanted).abs().max() < 1e-5 * largest
     assert torch.equal(made["again"], made["logits"]) and made["hidden"].shape == (2, 13, 32)
+    saved = open_checkpoint(tmp_path / "again")  # what transformers wrote, after a fine-tuning say, is ours again
+    assert saved.model == model.config
+    assert torch.equal(saved.source.read("model.embed.weight")[:320], model.embed.weight[:320])
     # Generation stops at eos; until then it is ours.
     ours = torch.stack(list(generate(model, tokens, max_new_tokens=20)), dim=1)
     assert torch.equal(made["cached"], made["uncached"])
@@ -165,18 +168,14 @@ def test_a_fresh_process_without_our_packages(case: str, tmp_path: Path) -> None
     assert 1e-3 < (made["half"] - wanted).abs().max() / largest < 0.2
 
 
-def test_transformers_itself_confirms_a_folder_and_runs_no_code_but_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = random_model(tiny(**CASES["mixed"]))
+def test_transformers_itself_confirms_a_folder_and_runs_no_code_in_it(tmp_path: Path) -> None:
+    model = random_model(tiny(**CASES["grouped"]))
     folder, tokens = write_weights(tmp_path / "exported", model), tokens_of(1, 17)
+    marker = tmp_path / "was run"
+    (folder / hf_folder.MODELING).write_text(f"open({str(marker)!r}, 'w')\n")
     with torch.no_grad():
         wanted = model(tokens)
-    marker = tmp_path / "was run"
-    for code in (None, hf_folder.modeling_source(), f"open({str(marker)!r}, 'w')\n".encode()):
-        if code is not None:
-            (folder / hf_folder.MODELING).write_bytes(code)
-        assert (hf_folder.reference_logits(folder, tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (hf_folder.reference_logits(folder, tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert not marker.exists()
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.self_attn.lambda_raw"]
@@ -200,3 +199,19 @@ def test_the_tool_exports_and_imports(make_checkpoint: Any, tmp_path: Path) -> N
         if name in ("embed.weight", "head.weight"):
             wanted[made.model.config.vocab_size :] = 0
         assert torch.equal(back[f"model.{name}"], wanted), name
+
+
+def test_names_swapped_both_ways_fail_the_export(
+    make_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back hides such a mistake: only the forward of transformers tells."""
+    made = make_checkpoint(n_kv_heads=4)
+    names = hf_sisa._SISA
+    b, c = names["mixer.wb.weight"], names["mixer.wc.weight"]
+    monkeypatch.setitem(names, "mixer.wb.weight", c)
+    monkeypatch.setitem(names, "mixer.wc.weight", b)
+    going = plan(made.folder, to="hf")
+    list(convert(going, tmp_path / "hidden", how="blocks"))
+    with pytest.raises(UserError, match="not the model read"):
+        list(convert(going, tmp_path / "hf", how="full"))
+    assert not (tmp_path / "hf").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from sisa_dist.convert.hf_folder import tokenizer_files
 from sisa_dist.convert.hf_tokenizer import NoEqualTokenizer, hf_tokenizer
 
 TEXTS = [make_text(i) for i in range(60)]
-SOURCES = [p.read_text(encoding="utf-8") for p in sorted((Path(__file__).parents[2] / "sisa_dist").rglob("*.py"))]
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SOURCES = [p.read_text(encoding="utf-8")[:20_000] for p in sorted(STDLIB.glob("[a-l]*.py"))]
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizers"
 HARD = [
     "",
@@ -62,6 +64,13 @@ def foreign(texts: Iterable[str] = SOURCES[20:50], **options: object) -> bytes:
     return model.getvalue()
 
 
+def agree(found: list[int], ids: list[int], processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Equal; or, of a unigram model, two cuts of one score (hf_tokenizer.py). BPE's scores are ranks, whole numbers."""
+    scores = [processor.get_score(i) for i in range(processor.get_piece_size())]
+    unigram = any(score != int(score) for score in scores)
+    return found == ids or (unigram and conversion._tied(ids, found, scores))
+
+
 def converted(model: bytes) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer.from_str(hf_tokenizer(model)["tokenizer.json"].decode())
     made.encode_special_tokens = True
@@ -71,13 +80,16 @@ def converted(model: bytes) -> tokenizers.Tokenizer:
 def test_auto_tokenizer_gives_our_ids_and_texts(ours: Tokenizer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    for name, content in tokenizer_files(ours.path.read_bytes()).items():
+    for name, content in tokenizer_files(ours.path.read_bytes(), begins_with_eos=False).items():
         (tmp_path / name).write_bytes(content)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs, processor = (
+        AutoTokenizer.from_pretrained(tmp_path),
+        sentencepiece.SentencePieceProcessor(model_proto=ours.model),
+    )
     assert len(theirs) == ours.vocab_size
     for text in HARD:
         ids = ours.encode(text)
-        assert theirs(text)["input_ids"] == ids, text
+        assert agree(theirs(text)["input_ids"], ids, processor), text
         assert theirs.decode(ids) == text
     batch = theirs(["a b", "a"], padding=True)
     assert batch["attention_mask"][1][0] == 0 and theirs.pad_token_id != theirs.eos_token_id
@@ -85,7 +97,7 @@ def test_auto_tokenizer_gives_our_ids_and_texts(ours: Tokenizer, tmp_path: Path)
     assert theirs.decode([*ours.encode("a"), ours.eos_id], skip_special_tokens=True) == "a"
     theirs.save_pretrained(tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert [again(text)["input_ids"] for text in HARD] == [ours.encode(text) for text in HARD]
+    assert [again(text)["input_ids"] for text in HARD] == [theirs(text)["input_ids"] for text in HARD]
 
 
 def test_any_text_has_our_ids(ours: Tokenizer) -> None:
@@ -120,7 +132,8 @@ def test_usual_models_with_a_dummy_prefix_have_their_ids(options: dict) -> None:
     processor, theirs = sentencepiece.SentencePieceProcessor(model_proto=model), converted(model)
     for text in [*HARD[:-20], *SOURCES[:8]]:
         ids = processor.encode(text)
-        assert theirs.encode(text).ids == ids, text
+        found = theirs.encode(text).ids
+        assert agree(found, ids, processor), text
         if processor.unk_id() not in ids:
             assert theirs.decode(ids) == processor.decode(ids)
 
@@ -140,7 +153,7 @@ def test_what_cannot_be_equal_is_refused_and_only_the_model_is_kept() -> None:
     with pytest.raises(NoEqualTokenizer, match="no equal tokenizer"):
         hf_tokenizer(odd)
     with pytest.warns(UserWarning, match="no equal tokenizer"):
-        files = tokenizer_files(odd)
+        files = tokenizer_files(odd, begins_with_eos=False)
     assert files.keys() == {"tokenizer.model", "generation_config.json"} and files["tokenizer.model"] == odd
     with pytest.raises(NoEqualTokenizer, match="words or characters"):
         hf_tokenizer(foreign(model_type="char"))

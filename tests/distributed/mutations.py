@@ -89,8 +89,8 @@ def _slices(change: Callable[[str, apply.Slice], apply.Slice]) -> Any:
     """Slices changed where the model is cut."""
     real = apply._slice
 
-    def slice_(model: Any, name: str, split: Any, mesh: Any) -> apply.Slice:
-        return change(name, real(model, name, split, mesh))
+    def slice_(model: Any, name: str, *rest: Any) -> apply.Slice:
+        return change(name, real(model, name, *rest))
 
     return mock.patch.object(apply, "_slice", slice_)
 

@@ -92,6 +92,8 @@ def save_foreign(stage: int, folder: Path, dtype: str | None) -> dict[str, Tenso
     }
     if dtype:
         settings[dtype] = {"enabled": True} | ({"initial_scale_power": 4} if dtype == "fp16" else {})
+    if (stage, dtype) == (1, "bf16"):
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}  # another optimizer of DeepSpeed's, with other keys
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=stage == 3):
         model = Foreign()
     decayed = [p for p in model.parameters() if p.requires_grad and len(getattr(p, "ds_shape", p.shape)) > 1]

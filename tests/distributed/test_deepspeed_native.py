@@ -24,6 +24,7 @@ def zero(case: Case, layout: str, stage: int, **own: object) -> Case:
 
 SISA = Case("tp1", "sisa", 1, "heterogeneous", "fp32", qk_norm=True, tied=False)  # kv head held whole under tp
 ATTENTION = Case("tp1", "attention", 4, "heterogeneous", "fp32")  # and a layer of sisa
+NEOX = Case("tp1", "attention", 4, "uniform", "fp32", style="neox")  # biases, also behind row layers
 # What is saved, and what it is written for.
 FAST = {
     "zero3-tp2_dp2": (zero(SISA, "tp2_dp2", 3), [zero(SISA, "tp2_dp2", 3), zero(SISA, "dp4", 2)]),
@@ -33,6 +34,7 @@ FAST = {
         [zero(ATTENTION, "dp2", 1), zero(ATTENTION, "dp2", 3, sub_group_size=1536)],
     ),
     "zero0-tp2": (zero(SISA, "tp2", 0), [zero(SISA, "tp2", 0), zero(SISA, "tp2", 3)]),
+    "zero3-tp2-neox": (zero(NEOX, "tp2", 3), [zero(NEOX, "tp2", 1)]),
 }
 ALL = [
     (zero(base, layout, stage), [zero(base, layout, stage), *(zero(base, *other) for other in OTHERS)])
@@ -112,5 +114,5 @@ def test_another_model_of_deepspeed_alone(stage: int, dtype: str | None, tmp_pat
     scale = source.read("model.scale")
     assert torch.equal(scale, torch.linspace(0.5, 1.5, 7).to(scale.dtype))
     assert source.read("model.frozen.weight").shape == (7, 7)
-    if stage > 1:  # zero_to_fp32 does not know DeepSpeed's bf16 optimizer
+    if stage > 1:  # zero_to_fp32 refuses that bf16 optimizer's files
         equals_zero_to_fp32(tmp_path)

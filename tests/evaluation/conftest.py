@@ -5,8 +5,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from evaluation_fakes import WordTokenizer
+from lm_eval_expected import Plain
 
 from data_pipeline.tokenizer import Tokenizer
+from runs import QUICKSTART
+from sisa_dist.config import load_config
+from sisa_dist.training.trainer import train
 
 _TEXT = """The house stood on the hill, and the wind went round it all night long. Nobody had lived there for years.
 "What is that?" she asked. "The wind," he said, "and the gate, which nobody ever shut." They went on down the road.
@@ -36,3 +40,15 @@ def pieces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             **(plain if request.param == "plain" else {}),
         )
     return Tokenizer.load(path)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("lm_eval") / "run"
+    train(load_config(QUICKSTART, [*tiny_overrides, f"output_dir={output}"]), quiet=True)
+    return output
+
+
+@pytest.fixture(scope="session")
+def plain(trained_run: Path) -> Plain:
+    return Plain(trained_run)

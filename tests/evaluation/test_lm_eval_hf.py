@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lm_eval.api.instance import Instance
+from lm_eval_expected import CONTEXTS, requests
 
 from runs import QUICKSTART
 from sisa_dist.config import load_config
@@ -13,8 +13,7 @@ from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.evaluation.lm_eval_model import SisaLM
 from sisa_dist.training.trainer import train
 
-LONG = "    for name, value in sorted(values.items()):\n        print(name, value)\n" * 6
-CONTEXTS = ["def load(path):", "x", "import os\n", "return the sum of all", LONG, "    assert total > 0, ", "été 🙂"]
+TEXTS = [*CONTEXTS, "été 🙂"]
 
 
 @pytest.fixture(scope="module", params=["sisa", "attention"])
@@ -29,24 +28,21 @@ def models(
     train(load_config(QUICKSTART, overrides), quiet=True)
     for _ in convert(plan(home / "run", to="hf"), home / "hf"):
         pass
-    ours = SisaLM(str(home / "run"), add_bos_token=False, batch_size=4)
+    ours = SisaLM(str(home / "run"), batch_size=4)
     theirs = HFLM(
         pretrained=str(home / "hf"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
-        max_length=ours.max_length, add_bos_token=False, prefix_token_id=ours.eot_token_id,
+        max_length=ours.max_length,
     )  # fmt: skip
     return ours, theirs
 
 
 def both(models: tuple[SisaLM, Any], kind: str, arguments: list[tuple]) -> list[list[Any]]:
-    return [
-        getattr(model, kind)([Instance(kind, {}, pair, number) for number, pair in enumerate(arguments)])
-        for model in models
-    ]
+    return [getattr(model, kind)(requests(kind, arguments)) for model in models]
 
 
 def test_likelihoods(models: tuple[SisaLM, Any]) -> None:
     ends = (" return", "x", "\n    value", "name of the value", "ément 🙂")
-    pairs = [(context, end) for context in [*CONTEXTS, ""] for end in ends]
+    pairs = [(context, end) for context in [*TEXTS, ""] for end in ends]
     ours, theirs = both(models, "loglikelihood", pairs)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert [log_prob for log_prob, _ in ours] == pytest.approx([log_prob for log_prob, _ in theirs], abs=1e-4)
@@ -55,11 +51,11 @@ def test_likelihoods(models: tuple[SisaLM, Any]) -> None:
 
 
 def test_likelihoods_of_whole_texts(models: tuple[SisaLM, Any]) -> None:
-    ours, theirs = both(models, "loglikelihood_rolling", [(context,) for context in CONTEXTS])
+    ours, theirs = both(models, "loglikelihood_rolling", [(context,) for context in TEXTS])
     assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-5)
 
 
 def test_generated_texts(models: tuple[SisaLM, Any]) -> None:
     options = [{"until": [], "max_gen_toks": 9, "do_sample": False}, {"until": ["\n", "e"], "max_gen_toks": 20}]
-    ours, theirs = both(models, "generate_until", [(context, some) for context in CONTEXTS for some in options])
+    ours, theirs = both(models, "generate_until", [(context, some) for context in TEXTS for some in options])
     assert ours == theirs and len(set(ours)) > 4
