@@ -10,6 +10,7 @@ What SRC is, is seen from what lies there. DST must not exist. Exit code 0: writ
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from sisa_dist.config import UserError, load_config
 from sisa_dist.convert.command import run
-from sisa_dist.convert.conversion import Plan, convert, plan
+from sisa_dist.convert.conversion import Plan, check_destination, convert, plan
 from sisa_dist.convert.opened import Target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -41,18 +42,36 @@ def command(
         str | None,
         typer.Option(metavar="D_S", help="Make a Transformer a SISA model that computes the same: 32, or 32,0,16,…"),
     ] = None,
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="hf: most a file holds.")] = 5.0,
+    shard_gb: Annotated[float | None, typer.Option(min=0.001, help="hf: most a file holds; default 5.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece model to go with it.")] = None,
     config: Annotated[Path | None, typer.Option(help="The run's YAML, for a DeepSpeed SRC without it.")] = None,
-    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="deepspeed: of the run it is for.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="deepspeed: data-parallel ranks of it.")] = 1,
-    tp: Annotated[int, typer.Option(min=1, help="deepspeed: tensor-parallel ranks of it.")] = 1,
+    zero_stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="deepspeed: of the run it is for; default 1.")
+    ] = None,
+    dp: Annotated[int | None, typer.Option(min=1, help="deepspeed: data-parallel ranks of it; default 1.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="deepspeed: tensor-parallel ranks of it; default 1.")] = None,
     verify: Annotated[
         Literal["auto", "blocks", "full"],
         typer.Option(help="full: transformers runs the whole model too; auto: where it fits into half the memory."),
     ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made; read headers only.")] = False,
 ) -> None:
+    for name, value, format in (
+        ("--model-type", model_type, "hf"),
+        ("--shard-gb", shard_gb, "hf"),
+        ("--zero-stage", zero_stage, "deepspeed"),
+        ("--dp", dp, "deepspeed"),
+        ("--tp", tp, "deepspeed"),
+    ):
+        if value is not None and to != format:
+            raise UserError(f"{name} has no effect on --to {to}: leave it out, or give --to {format}")
+    target = Target(
+        model_type=model_type,
+        shard_bytes=int((shard_gb or 5.0) * 1e9),
+        zero_stage=1 if zero_stage is None else zero_stage,
+        dp=dp or 1,
+        tp=tp or 1,
+    )
     planned = plan(
         source,
         to=to,
@@ -62,15 +81,17 @@ def command(
         d_s=_channels(upcycle),
         tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
         config=None if config is None else load_config(config),
-        target=Target(model_type=model_type, shard_bytes=int(shard_gb * 1e9), zero_stage=zero_stage, dp=dp, tp=tp),
+        target=target,
     )
     kind = planned.before.model_type or "this framework"
     print(f"{planned.before.path}: {planned.before.format}, a model of {kind} → {destination}: {to}")
     if to == "native" and planned.intended.tokenizer is None:
         print("no SentencePiece model lies with it: evaluation and training will ask for one, --tokenizer FILE adds it")
+    check_destination(planned, destination)
     if dry_run:
         _show(planned)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half done is removed
     with _bar() as bar:
         tasks = {phase: bar.add_task(phase, total=planned.bytes) for phase in ("write", "read back")}
         for line in convert(planned, destination, how=verify, tell=lambda phase, _, n: bar.advance(tasks[phase], n)):

@@ -15,14 +15,22 @@ from sisa_dist.config import ModelConfig, UserError, load_config
 TOKENIZER = "tokenizer.model"
 _log = logging.getLogger(__name__)
 
-# Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them.
+# Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them, and it is said.
 FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_theta")
 
 
 def check_model(checkpoint: Path, model: ModelConfig) -> None:
-    """Raises UserError where `model` has other parameters than the checkpoint's."""
+    """Raises UserError where `model` has other parameters than the checkpoint's. Another function of them is said."""
     stored = load_config(checkpoint / "config.yaml").model.model_dump()
     for key, wanted in model.model_dump().items():
+        if key in FUNCTION_KEYS and key != "init_std" and stored[key] != wanted:
+            _log.warning(
+                "%s: model.%s is %r there and %r here: the model computes something else from here on",
+                checkpoint,
+                key,
+                stored[key],
+                wanted,
+            )
         if key not in FUNCTION_KEYS and stored[key] != wanted:
             raise UserError(
                 f"{checkpoint}: another model: its model.{key} is {stored[key]!r}, the config says {wanted!r}: set "

@@ -53,6 +53,9 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
         found, files = raw["format"], {name: FileEntry(**entry) for name, entry in raw["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path}: cannot be read ({error}): use another checkpoint") from None
+    for name in files:
+        if Path(name).name != name or not name:  # a path would lead out of the folder
+            raise Damaged(f"{path}: {name!r} is no file's name: use another checkpoint")
     if found != FORMAT:
         raise UserError(f"{path}: format {found!r}, this version reads {FORMAT}: use the version that wrote it")
     return files

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from sisa_dist.checkpoint.manifest import Damaged, FileEntry
+from sisa_dist.checkpoint.manifest import Damaged, FileEntry, read_manifest
 
 METADATA = ".metadata"  # DCP's: which part of which tensor lies where
 _WEIGHTS, _MOMENTS = "weights", "moments"
@@ -149,6 +149,10 @@ class SafeReader(FileSystemReader):
         for name, entry in entries.items():
             if not isinstance(entry, TensorStorageMetadata):  # DCP would unpickle it
                 raise Damaged(f"{path}: {name} is not a tensor: use another checkpoint")
+        listed = read_manifest(Path(self.path))
+        for info in found.storage_data.values():
+            if info.relative_path not in listed:
+                raise Damaged(f"{path}: {info.relative_path!r} is not in the manifest: use another checkpoint")
         found.storage_meta = StorageMeta(load_id=self.load_id)
         return found
 

@@ -61,6 +61,9 @@ def write_checkpoint(
     except dcp.api.CheckpointException as error:
         if no_dist or dist.get_rank(process_group) == 0:
             shutil.rmtree(staging, ignore_errors=True)
+        source = next((e for e, _ in error.failures.values() if isinstance(e, UserError)), None)
+        if source is not None:  # what is to be written could not be read
+            raise source from error
         raise UserError(f"{final}: cannot be written ({reason(error)}): make room or mend the folder") from error
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from data_pipeline.tokenizer import Tokenizer
+from sisa_dist.checkpoint.manifest import NAME as MANIFEST
 from sisa_dist.config import RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
@@ -17,6 +23,8 @@ from sisa_dist.convert.recipe import Converted, TensorSource
 from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
 from sisa_dist.convert.upcycle import recipes, upcycle
 from sisa_dist.convert.verify import Verify, is_rounded, verify
+
+_MARK = "made by convert_checkpoint"
 
 Tell = Callable[[str, str, int], None]  # (phase: "write" or "read back", tensor, bytes)
 Dtype = Literal["fp32", "bf16"]
@@ -64,6 +72,13 @@ def plan(
     module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
     if tokenizer is not None:
         before = replace(before, files={**before.files, TOKENIZER: tokenizer})
+    if before.tokenizer is not None:
+        ids = Tokenizer(before.tokenizer, Path("--tokenizer" if tokenizer is not None else TOKENIZER)).vocab_size
+        if ids > before.model.vocab_size:
+            raise UserError(
+                f"{path}: its tokenizer has {ids} ids, the model {before.model.vocab_size}: give the model's own by "
+                "--tokenizer"
+            )
     if dtype != "fp32" and module.MASTERS:
         raise UserError(f"--dtype {dtype}: a {to} checkpoint holds fp32 weights: leave --dtype out")
     if moments and not module.HOLDS_MOMENTS:
@@ -100,20 +115,17 @@ def convert(
 
     Raises UserError, and leaves nothing behind, where `destination` exists, the disk fails or a check does.
     """
-    module = format_module(plan.to)
-    parent = destination.parent
-    if destination.exists():
-        raise UserError(f"{destination}: is there already: remove it, or name another")
-    if not parent.is_dir():
-        raise UserError(f"{parent}: no such folder: make it first")
-    free = shutil.disk_usage(parent).free
-    if free < plan.bytes:
-        raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")
-    folder = parent / f".{destination.name}.tmp"
+    check_destination(plan, destination)
+    module, parent = format_module(plan.to), destination.parent
+    _clear(destination)
+    try:
+        # Of a name that nobody else has: a folder of the user's may be called anything.
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(destination), suffix=f".{os.getpid()}", dir=parent))
+    except OSError as error:
+        raise UserError(f"{parent}: cannot be written ({error.strerror}): mend or name another") from None
     staging = folder / destination.name
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # what a kill left behind
-        folder.mkdir()
+        (folder / _MARK).write_text(socket.gethostname(), encoding="utf-8")
         plan.before.check(plan.intended.has_moments)
         noted = Noted(plan.made, seen=lambda name, size: tell("write", name, size))
         module.write(staging, plan.intended, noted, plan.target)
@@ -132,6 +144,38 @@ def convert(
         raise UserError(f"{destination}: cannot be written ({error.strerror}): make room or mend the folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_destination(plan: Plan, destination: Path) -> None:
+    """Raises UserError where `convert` would have no place to write to."""
+    parent = destination.parent
+    if os.path.lexists(destination):
+        raise UserError(f"{destination}: is there already: remove it, or name another")
+    if not parent.is_dir():
+        raise UserError(f"{parent}: no such folder: make it first")
+    for folder in (parent.resolve(), *parent.resolve().parents):
+        if (folder / MANIFEST).is_file():
+            raise UserError(f"{destination}: lies inside the checkpoint {folder}: name a place outside")
+    free = shutil.disk_usage(parent).free
+    if free < plan.bytes:
+        raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.converting."
+
+
+def _clear(destination: Path) -> None:
+    """Removes what a kill of this program, on this host, left behind."""
+    for folder in destination.parent.glob(f"{glob.escape(_prefix(destination))}*"):
+        mark, number = folder / _MARK, folder.suffix.removeprefix(".")
+        if mark.is_file() and mark.read_text(encoding="utf-8") == socket.gethostname() and number.isdigit():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+            except PermissionError:  # somebody's, and running
+                pass
 
 
 def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | None:

@@ -120,13 +120,23 @@ def renamed(ours: str, theirs: str, model: ModelConfig, *, export: bool) -> Reci
     return Recipe(sources, vocabulary) if ours in VOCABULARY else Recipe(sources)
 
 
+def check_rows(weight_VD: Tensor, model: ModelConfig) -> None:
+    """Raises UserError where the vocabulary has not the rows its config says: padding would hide what is missing."""
+    if weight_VD.shape[0] != model.vocab_size:
+        raise UserError(
+            f"config.json: vocab_size is {model.vocab_size} and the embedding or head has {weight_VD.shape[0]} rows: "
+            "fetch the checkpoint again, or set vocab_size to what is there"
+        )
+
+
 def _cut(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     return lambda weight_VD: weight_VD[: model.vocab_size]
 
 
 def _pad(model: ModelConfig) -> Callable[[Tensor], Tensor]:
     def pad(weight_VD: Tensor) -> Tensor:
-        padding = model.padded_vocab_size - weight_VD.shape[0]
-        return torch.cat((weight_VD, weight_VD.new_zeros(max(0, padding), weight_VD.shape[1])))
+        check_rows(weight_VD, model)
+        padding = model.padded_vocab_size - model.vocab_size
+        return torch.cat((weight_VD, weight_VD.new_zeros(padding, weight_VD.shape[1])))
 
     return pad

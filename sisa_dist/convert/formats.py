@@ -53,8 +53,9 @@ class Format(Protocol):
 class Architecture(Protocol):
     """A module that maps a foreign architecture's tensors to ours, which here are without the prefix `model.`.
 
-    It may also have `dropped(model) -> frozenset[str]` (foreign tensors that hold no weights), `files() -> dict[str,
-    bytes]` (what lies beside weights, config and tokenizer) and `reference_logits(folder, tokens_BT)`.
+    It may also have `HEAD` and `EMBEDDING` (their names, where a tied head may be stored too), `dropped(model) ->
+    frozenset[str]` (foreign tensors that hold no weights), `files() -> dict[str, bytes]` (what lies beside weights,
+    config and tokenizer) and `reference_logits(folder, tokens_BT)`.
     """
 
     MODEL_TYPES: tuple[str, ...]

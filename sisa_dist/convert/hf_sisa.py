@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import hf_folder
+from sisa_dist.convert.families import check_rows
 from sisa_dist.convert.hf_folder import reference_logits
 from sisa_dist.convert.recipe import Recipe
 
@@ -142,6 +143,7 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
     """Our tensors from theirs. Rows of the vocabulary's padding are zero."""
 
     def pad(weight: Tensor) -> Tensor:
+        check_rows(weight, model)
         return F.pad(weight, (0, 0, 0, model.padded_vocab_size - model.vocab_size))
 
     return {

@@ -14,6 +14,10 @@ from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_
 from sisa_dist.convert.recipe import Recipe
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+HEAD, EMBEDDING = (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+)  # a tied one may be stored too
 
 _WHOLE = {
     "embed.weight": "model.embed_tokens.weight",

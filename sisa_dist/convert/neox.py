@@ -17,6 +17,10 @@ from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_
 from sisa_dist.convert.recipe import Recipe
 
 MODEL_TYPES = ("gpt_neox",)
+HEAD, EMBEDDING = (
+    "embed_out.weight",
+    "gpt_neox.embed_in.weight",
+)  # a tied one may be stored too
 
 _WHOLE = {
     "embed.weight": "gpt_neox.embed_in.weight",

@@ -42,6 +42,7 @@ class Opened:
     files: dict[str, bytes] = field(default_factory=dict)  # state.json, tokenizer.model, data.json: what there is
     model_type: str | None = None  # of a foreign architecture, by its Hugging Face name
     foreign: TensorSource | None = None  # its tensors under its own names
+    context: int | None = None  # tokens a foreign model was made for, where its config says
     check: Callable[[bool], None] = lambda moments: (
         None
     )  # reads its files, or those that weights alone need, for damage
@@ -53,6 +54,10 @@ class Opened:
         if has_moments(self.source):
             wanted |= {moment + name: shape for moment in MOMENTS for name, shape in shapes.items()}
         check_specs(self.source.specs, wanted, what=str(self.path))
+        for name, spec in self.source.specs.items():
+            if not spec.dtype.is_floating_point:
+                kind = str(spec.dtype).removeprefix("torch.")
+                raise UserError(f"{self.path}: {name} is {kind}: quantised weights are not read, name the original")
 
     @property
     def has_moments(self) -> bool:
@@ -81,7 +86,7 @@ class Opened:
             return self.config.model_copy(update={"model": self.model})
         tree = {
             "model": self.model.model_dump(),
-            "training": {"steps": 1, "seq_len": 2048, "global_batch_tokens": 2048},
+            "training": {"steps": 1, "seq_len": self.context or 2048, "global_batch_tokens": self.context or 2048},
             "schedule": {"warmup_steps": 0},
         }
         return parse_config(tree, source=str(self.path))

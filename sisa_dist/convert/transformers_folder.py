@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sisa_dist.config import UserError
 from sisa_dist.convert.formats import architecture, architecture_for
 from sisa_dist.convert.hf_folder import tokenizer_files
@@ -38,7 +40,27 @@ def open_checkpoint(path: Path) -> Opened:
     source = Converted(foreign, to_ours(module.imports(model)), dropped=dropped)
     tokenizer = path / TOKENIZER
     files = {TOKENIZER: tokenizer.read_bytes()} if tokenizer.is_file() else {}
-    return Opened(path, "hf", model, source, files=files, model_type=config["model_type"], foreign=foreign)
+    head, embedding = getattr(module, "HEAD", ""), getattr(module, "EMBEDDING", "")
+
+    def check(moments: bool) -> None:
+        if model.tie_embeddings and head in foreign.specs and not torch.equal(*map(foreign.read, (head, embedding))):
+            raise UserError(
+                f"{path}: tie_word_embeddings is true and {head} is not {embedding}: set tie_word_embeddings to false "
+                "in config.json, which transformers too takes it for"
+            )
+
+    context = config.get("max_position_embeddings")
+    return Opened(
+        path,
+        "hf",
+        model,
+        source,
+        files=files,
+        model_type=config["model_type"],
+        foreign=foreign,
+        check=check,
+        context=context if isinstance(context, int) and context > 0 else None,
+    )
 
 
 def type_of(path: Path) -> Any:
@@ -64,8 +86,8 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
     module, config = architecture_for(opened.model, model_type=target.model_type)
     matrices = max(source.specs.values(), key=lambda spec: spec.numel()).dtype  # gains may be wider
     config["dtype"] = str(matrices).removeprefix("torch.")
-    if opened.config is not None and "max_position_embeddings" in config:
-        config["max_position_embeddings"] = opened.config.training.seq_len  # what it was trained at
+    if "max_position_embeddings" in config:
+        config["max_position_embeddings"] = opened.run_config().training.seq_len  # what it was trained at
     folder.mkdir()
     trained_here = opened.state()["step"] > 0
     files = tokenizer_files(opened.tokenizer, begins_with_eos=trained_here) | getattr(module, "files", dict)()

@@ -19,7 +19,7 @@ from sisa_dist.config import UserError
 from sisa_dist.convert.formats import architecture, reference_logits
 from sisa_dist.convert.forward import fixed_tokens, logits
 from sisa_dist.convert.opened import Opened
-from sisa_dist.convert.recipe import Converted, TensorSource
+from sisa_dist.convert.recipe import Converted
 from sisa_dist.convert.tensors import from_ours
 
 Verify = Literal["auto", "blocks", "full"]
@@ -40,6 +40,8 @@ def verify(
     tokens_BT = fixed_tokens(before.model)
     found = logits(after.source, after.model, tokens_BT)
     wanted = logits(intended.source, intended.model, tokens_BT)
+    if not wanted.isfinite().all():
+        raise UserError(f"{before.path}: its logits are not finite: a weight is NaN or inf, use another checkpoint")
     yield _line("logits of source and destination", *_difference(wanted, found, most=SAME))
     changed = before.model != intended.model
     if changed or is_rounded(before, intended):
@@ -109,13 +111,13 @@ def _line(what: str, difference: float, scale: float) -> str:
 
 
 def is_rounded(before: Opened, after: Opened) -> bool:
-    """Is `after` in a narrower dtype?"""
-    return narrowest(after.source) < narrowest(before.source)
-
-
-def narrowest(source: TensorSource) -> int:
-    """Bytes of the narrowest element."""
-    return min(spec.element_size() for spec in source.specs.values())
+    """Does `after` hold some weight in a dtype that cannot hold all of what `before` has?"""
+    specs = before.source.specs
+    return any(
+        spec.dtype != specs[name].dtype and spec.dtype not in (torch.float32, torch.float64)
+        for name, spec in after.source.specs.items()
+        if name in specs
+    )
 
 
 def free_memory() -> int | None:

@@ -14,6 +14,7 @@ from sisa_dist.convert.deepspeed_write import write_deepspeed
 from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.tensors import weights_of
+from sisa_dist.parallel.plan import check_tp
 
 HOLDS_MOMENTS, MASTERS = True, True
 _BESIDE = "sisa"
@@ -45,6 +46,7 @@ def stored(path: Path) -> TensorSource:
 
 
 def made(opened: Opened, target: Target) -> TensorSource:
+    check_tp(opened.model, target.tp)
     return opened.source
 
 

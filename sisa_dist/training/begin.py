@@ -13,17 +13,26 @@ from sisa_dist.checkpoint.folder import set_aside
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import Engine
 from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.training.run_folder import refuse_changes
 
 _log = logging.getLogger(__name__)
 
 
 def begin(
-    config: RunConfig, run_folder: Path, engine: Engine, *, tokenizer: Tokenizer, data: Mapping[str, Any], mesh: Mesh
+    config: RunConfig,
+    run_folder: Path,
+    engine: Engine,
+    *,
+    tokenizer: Tokenizer,
+    data: Mapping[str, Any],
+    mesh: Mesh,
+    accept_changes: bool = False,
 ) -> TrainState:
     """Loads what the run begins from into `engine`. Collective. `data` is `Loader.describe()`.
 
     A damaged checkpoint of the run's own is set aside and the one before it taken: training again what lay between
-    gives the same bits. Raises UserError where none is whole, or one belongs to another model, tokenizer or data.
+    gives the same bits. Raises UserError where none is whole, or one belongs to another model, tokenizer or data, or,
+    unless `accept_changes`, where start.resume would not go on as that run did.
     """
     own = list_checkpoints(run_folder)
     for checkpoint in reversed(own):
@@ -40,6 +49,8 @@ def begin(
         )
     if config.start.resume is not None:
         source = find_checkpoint(config.start.resume)
+        if not accept_changes:
+            refuse_changes(source / "config.yaml", config, remedy="set it as it was there")
         state = load_checkpoint(source, engine, model=config.model, tokenizer=tokenizer, data=data, mesh=mesh)
         _log.info("resumes %s at step %d", source, state.step)
         return state

@@ -73,16 +73,21 @@ def open_run_folder(
     """Store the resolved config as config.yaml in `folder`; when it resumes, compare with the stored one first."""
     stored = folder / "config.yaml"
     if resumes and stored.is_file() and not accept_changes:
-        differs = _first_difference(load_config(stored).model_dump(), config.model_dump())
-        if differs is not None:
-            key, old, new = differs
-            raise UserError(
-                f"{folder}: this run was started with {key}={old!r}, the config now says {new!r}: set another "
-                "output_dir to start anew, or continue with the change by --accept-changes"
-            )
+        refuse_changes(stored, config, remedy="set another output_dir to start anew")
     if mesh.is_main:
         replace_file(stored, dump_config(config))
     mesh.barrier()
+
+
+def refuse_changes(stored: Path, config: RunConfig, *, remedy: str) -> None:
+    """Raises UserError where `config` would not go on as the run whose config.yaml is `stored`."""
+    differs = _first_difference(load_config(stored).model_dump(), config.model_dump())
+    if differs is not None:
+        key, old, new = differs
+        raise UserError(
+            f"{stored.parent}: this run was started with {key}={old!r}, the config now says {new!r}: {remedy}, or "
+            "continue with the change by --accept-changes"
+        )
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -75,7 +75,15 @@ def _train(
     engine = build_engine(config, mesh)
     mesh.enter("load")
     described = loader.describe()
-    state = begin(config, run_folder, engine, tokenizer=data.tokenizer, data=described, mesh=mesh)
+    state = begin(
+        config,
+        run_folder,
+        engine,
+        tokenizer=data.tokenizer,
+        data=described,
+        mesh=mesh,
+        accept_changes=accept_changes,
+    )
     reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
     files = {"tokenizer.model": data.tokenizer.model, "data.json": json.dumps(described, indent=1).encode()}
     saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)

@@ -59,13 +59,19 @@ def test_every_file_is_watched(tiny: RunConfig, tmp_path: Path, how: str) -> Non
                 sisa_dist.load_model(broken)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1, "files": {"a": 3}}'])
+PATH = b'{"format": 1, "files": {"../a": {"bytes": 1, "sha256": ""}}}'
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1, "files": {"a": 3}}', PATH])
 def test_a_broken_manifest_is_damage(tiny: RunConfig, content: bytes) -> None:
     train(tiny, quiet=True)
     checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
     (checkpoint / NAME).write_bytes(content)
-    with pytest.raises(Damaged, match=r"manifest\.json: cannot be read"):
+    with pytest.raises(Damaged, match=r"manifest\.json: (cannot be read|'../a' is no file's name)"):
         verify(checkpoint)
+    write_manifest(checkpoint, {})  # one that lists nothing has nothing to find fault with
+    with pytest.raises(UserError, match="is not in the manifest"):
+        sisa_dist.load_model(checkpoint)
 
 
 def test_a_newer_format_is_no_damage(tiny: RunConfig) -> None:

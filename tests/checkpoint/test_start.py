@@ -34,7 +34,7 @@ def test_resume_takes_everything_into_another_folder(tiny: RunConfig, tmp_path: 
     assert len(losses(tmp_path / "branch")) == 2
 
 
-def test_weights_alone_begin_a_new_stage(tiny: RunConfig, tmp_path: Path) -> None:
+def test_weights_alone_begin_a_new_stage(tiny: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tiny, quiet=True)
     stage = _with(
         tiny,
@@ -45,6 +45,8 @@ def test_weights_alone_begin_a_new_stage(tiny: RunConfig, tmp_path: Path) -> Non
         model={"rope_theta": 50_000.0, "init_std": 0.5},  # what leaves the parameters alone may change
     )
     train(stage, quiet=True)
+    assert "model.rope_theta is 10000.0 there and 50000.0 here: the model computes something else" in caplog.text
+    assert "init_std" not in caplog.text
     old, new = (tensors(list_checkpoints(folder)[-1]) for folder in (Path(tiny.output_dir), tmp_path / "stage"))
     for name, tensor in new.items():
         if name.startswith("model."):
@@ -62,14 +64,18 @@ def test_another_model_tokenizer_or_data_set_is_named(tiny: RunConfig, tmp_path:
     train(tiny, quiet=True)
     run = tiny.output_dir
 
-    def refused(said: str, *, start: dict[str, str], **sections: dict[str, Any]) -> None:
+    def refused(said: str, *, start: dict[str, str], accept: bool = True, **sections: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=said) as caught:
-            train(_with(tiny, tmp_path / "new", start=start, **sections), quiet=True)
+            train(_with(tiny, tmp_path / "new", start=start, **sections), accept_changes=accept, quiet=True)
         assert "\n" not in str(caught.value)
         assert not list_checkpoints(tmp_path / "new")
 
     for start in ({"resume": run}, {"weights": run}):
         refused(r"another model: its model\.d_ff is 48, the config says 64", start=start, model={"d_ff": 64})
+    for section, change in (("model", {"rope_theta": 7.0}), ("optimizer", {"lr": 1e-5})):
+        (key,) = change
+        said = rf"started with {section}\.{key}=.*: set it as it was there, or"
+        refused(said, start={"resume": run}, accept=False, **{section: change})
     refused(r"order\.lanes is 3 there, 4 here", start={"resume": run}, data={"lanes": 4})
     text = tmp_path / "other.txt"
     text.write_text("\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))))

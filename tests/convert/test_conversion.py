@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +17,8 @@ import torch
 from runs import tensors
 from sisa_dist.checkpoint import load_model, verify
 from sisa_dist.checkpoint.storage import SafeReader
-from sisa_dist.config import RunConfig, UserError
-from sisa_dist.convert import consolidated, native
+from sisa_dist.config import UserError
+from sisa_dist.convert import consolidated, conversion, native
 from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.convert.formats import open_checkpoint
 from sisa_dist.convert.recipe import Recipe
@@ -61,10 +62,9 @@ def test_weights_alone_say_so(make_checkpoint: Callable[..., Any], tmp_path: Pat
 
 
 def test_a_converted_checkpoint_is_a_model_again(
-    make_checkpoint: Callable[..., Any], tmp_path: Path, tiny: RunConfig
+    make_checkpoint: Callable[..., Any], tmp_path: Path, tokenizer: bytes
 ) -> None:
     made = make_checkpoint(moments=False)
-    tokenizer = (tiny.data_folder / "tokenizer.model").read_bytes()
     run(made.folder, tmp_path / "back", to="native", tokenizer=tokenizer)
     model, _ = load_model(tmp_path / "back")
     tokens_BT = torch.arange(20)[None]
@@ -224,10 +224,14 @@ def test_a_byte_lost_on_the_way_to_the_disk_is_found(
 
 def test_what_a_kill_left_behind_is_no_obstacle(make_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     made = make_checkpoint()
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp/out").write_text("half")
+    killed = tmp_path / ".out.converting.abc.999999999"  # a process that is no more
+    mine = tmp_path / ".out.converting.mine.999999999"  # of the same name, and not ours
+    for folder in (killed, mine):
+        folder.mkdir()
+        (folder / "out").write_text("half")
+    (killed / conversion._MARK).write_text(socket.gethostname())
     run(made.folder, tmp_path / "out", to="native")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "step_00000007"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "out", "step_00000007"]
 
 
 @pytest.mark.parametrize("shard_bytes", [10_000, 5_000_000_000])
