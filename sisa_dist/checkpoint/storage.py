@@ -12,14 +12,14 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -132,7 +132,11 @@ class _Hashing:
 
 
 class SafeReader(FileSystemReader):
-    """Reads tensors only. DCP keeps its table of contents as a pickle: here it may name DCP's own classes alone."""
+    """Reads tensors only. DCP keeps its table of contents as a pickle: here it may name DCP's own classes alone.
+
+    One stored part is in memory at a time, and it is read once, however many pieces of it are wanted: PyTorch's own
+    loop reads it for each, and holds the one before as well.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / METADATA
@@ -155,6 +159,28 @@ class SafeReader(FileSystemReader):
                 raise Damaged(f"{path}: {info.relative_path!r} is not in the manifest: use another checkpoint")
         found.storage_meta = StorageMeta(load_id=self.load_id)
         return found
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        files: dict[str, dict[int, list[ReadItem]]] = {}  # by name, then by where in the file a part begins
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            files.setdefault(stored.relative_path, {}).setdefault(stored.offset, []).append(item)
+        for name, parts in files.items():
+            with (Path(self.path) / name).open("rb") as file:
+                for offset in sorted(parts):
+                    self._read_part(file, parts[offset], planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_part(self, file: IO[bytes], items: list[ReadItem], planner: LoadPlanner) -> None:
+        view = self._slice_file(file, self.storage_data[items[0].storage_index])
+        part = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        for item in items:
+            target = planner.resolve_tensor(item).detach()
+            cut = (slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))
+            target.copy_(part[tuple(cut)])
+            planner.commit_tensor(item, target)
 
 
 class _TableOfContents(pickle.Unpickler):

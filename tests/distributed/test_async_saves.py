@@ -24,6 +24,7 @@ from sisa_dist.config import RunConfig
 
 STEPS = 4
 ENGINES = ("fsdp2", "zero0", "zero1", "zero2", "zero3")
+FAST = ("fsdp2", "zero3")
 How = Literal["waited for", "copied", "copied, and not waited for"]
 
 
@@ -80,7 +81,7 @@ class _SlowCopy:
             self._half[self.saved - 1].set()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [e if e in FAST else pytest.param(e, marks=pytest.mark.slow) for e in ENGINES])
 def test_asynchronous_saves_change_nothing(tiny_overrides: list[str], tmp_path: Path, engine: str) -> None:
     place = Place(engine, 2, *((2, True) if engine in ("fsdp2", "zero2") else ()))
     base = run_of(tiny_overrides, SISA, STEPS)
