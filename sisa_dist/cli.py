@@ -102,7 +102,7 @@ def lm_eval(
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes; default: lm_eval.json in the run.")] = None,
 ) -> None:
-    """Tasks of EleutherAI's lm-evaluation-harness; JSON out, in its format. Needs `pip install 'sisa-dist[eval]'`."""
+    r"""Tasks of EleutherAI's lm-evaluation-harness; JSON out, in its format. Needs `pip install 'sisa-dist\[eval]'`."""
     from sisa_dist.evaluation.lm_eval_run import run_lm_eval, summary
 
     names = [name for listed in tasks for name in listed.split(",") if name]

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from sisa_dist import cli
+from sisa_dist.checkpoint import list_checkpoints
+from sisa_dist.checkpoint.manifest import read_manifest, write_manifest
 from sisa_dist.config import RunConfig, UserError, dump_config
+from sisa_dist.training.trainer import train
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -176,3 +179,23 @@ def test_the_largest_seed_trains_evaluates_and_generates(
     generate = ("generate", tiny.output_dir, "--max-tokens", "3", "--seed")
     assert run(monkeypatch, capsys, *generate, seed)[0] == 0
     assert run(monkeypatch, capsys, *generate, str(2**64))[0] == 2
+
+
+def test_help_names_the_extra_in_brackets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for arguments in (("--help",), ("lm-eval", "--help")):
+        assert "pip install 'sisa-dist[eval]'" in run(monkeypatch, capsys, *arguments)[1]
+
+
+def test_a_checkpoint_without_a_tokenizer_is_told_how_to_get_one(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny, quiet=True)
+    checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
+    files = read_manifest(checkpoint)
+    (checkpoint / "tokenizer.model").unlink()
+    write_manifest(checkpoint, {name: entry for name, entry in files.items() if name != "tokenizer.model"})
+    for command in (("generate",), ("eval",)):
+        code, _, error = run(monkeypatch, capsys, *command, str(checkpoint))
+        assert code == 2 and len(error.splitlines()) == 1
+        assert "came without a tokenizer" in error and "--to native --tokenizer FILE" in error

@@ -7,10 +7,10 @@ whole ones; what a kill left behind is removed by the next save.
 """
 
 from sisa_dist.checkpoint.folder import find_checkpoint, list_checkpoints, run_folder_of
-from sisa_dist.checkpoint.load import load_checkpoint, load_model, load_weights, read_tensors, verify
+from sisa_dist.checkpoint.load import load_checkpoint, load_model, load_tokenizer, load_weights, read_tensors, verify
 from sisa_dist.checkpoint.manifest import Damaged
 from sisa_dist.checkpoint.save import Saved, Saver
-from sisa_dist.checkpoint.state import TrainState, read_state
+from sisa_dist.checkpoint.state import TrainState, parse_state, read_state
 from sisa_dist.checkpoint.write import write_checkpoint
 
 __all__ = [
@@ -22,7 +22,9 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_model",
+    "load_tokenizer",
     "load_weights",
+    "parse_state",
     "read_state",
     "read_tensors",
     "run_folder_of",

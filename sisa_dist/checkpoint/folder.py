@@ -43,9 +43,21 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / MANIFEST).is_file() or (_NAME.fullmatch(path.name) and path.is_dir()):
         return path
     found = list_checkpoints(path)
+    if not found and _is_foreign(path):
+        raise UserError(
+            f"{path}: a checkpoint of another format: python tools/convert_checkpoint.py {path} NEW --to native makes "
+            "one of ours"
+        )
     if not found:
         raise UserError(f"{path}: no checkpoint here; give a run folder or one of its checkpoints/step_… folders")
     return found[-1]
+
+
+def _is_foreign(path: Path) -> bool:
+    """By names alone: a safetensors file, a folder of transformers' or one of DeepSpeed's."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any(any(path.glob(name)) for name in ("config.json", "latest", "*_model_states.pt"))
 
 
 def run_folder_of(checkpoint: Path) -> Path:

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.checkpoint.differences import check_data, check_model, check_tokenizer
+from sisa_dist.checkpoint.differences import TOKENIZER, check_data, check_model, check_tokenizer
 from sisa_dist.checkpoint.folder import find_checkpoint
 from sisa_dist.checkpoint.manifest import check_files, read_manifest
 from sisa_dist.checkpoint.state import TrainState, read_state
@@ -77,10 +77,21 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
     """
     checkpoint = find_checkpoint(checkpoint_folder)
     verify(checkpoint, weights_only=True)
+    tokenizer = load_tokenizer(checkpoint)
     config = load_config(checkpoint / "config.yaml")
     model = build_model(config.model, attention=config.attention)
     read_tensors({_MODEL + name: p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
-    return model.eval(), Tokenizer.load(checkpoint / "tokenizer.model")
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    """Raises UserError where there is none: models of other libraries come without a SentencePiece model."""
+    if TOKENIZER not in read_manifest(checkpoint):
+        raise UserError(
+            f"{checkpoint}: the checkpoint came without a tokenizer: python tools/convert_checkpoint.py {checkpoint} "
+            "NEW --to native --tokenizer FILE makes one with it"
+        )
+    return Tokenizer.load(checkpoint / TOKENIZER)
 
 
 def verify(checkpoint: Path, mesh: Mesh | None = None, *, weights_only: bool = False) -> None:
@@ -93,6 +104,7 @@ def verify(checkpoint: Path, mesh: Mesh | None = None, *, weights_only: bool = F
         # By size, the largest first: the ranks then hash about equally much.
         names.sort(key=lambda name: -files[name].bytes)
         check_files(checkpoint, files, names[rank::size])
+        SafeReader(checkpoint).read_metadata()  # where DCP meets a bad one, it prints a traceback for each rank
     except UserError as error:
         complaint = error
     if mesh is not None and size > 1:

@@ -151,9 +151,11 @@ class Saver:
         if self._error is not None:
             error, self._error = self._error, None
             saved = list_checkpoints(self._folder)
-            newest = f"the newest whole one is {saved[-1].name}" if saved else "there is no other one"
+            then = "there is no other one, the same command begins anew"
+            if saved:
+                then = f"the newest whole one is {saved[-1].name}, the same command goes on from it"
             if isinstance(error, UserError):
-                raise UserError(f"{error}; {newest}, the same command goes on from it") from error
+                raise UserError(f"{error}; {then}") from error
             raise error
 
     def collect(self) -> list[Saved]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from sisa_dist.config import UserError
 from sisa_dist.engine import StepResult
@@ -37,7 +39,31 @@ class TrainState:
 
 
 def read_state(checkpoint: Path) -> TrainState:
+    path = checkpoint / "state.json"
     try:
-        return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint}/state.json: cannot be read ({error}): use another checkpoint") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}): use another checkpoint") from None
+    return parse_state(content, source=str(path))
+
+
+def parse_state(content: bytes, *, source: str) -> TrainState:
+    """The state.json `content`. Raises UserError, which begins with `source`, for anything that is none."""
+    try:
+        state = TrainState(**json.loads(content))
+        for name, value in vars(state).items():
+            if not _KINDS[type(getattr(_EMPTY, name))](value):
+                raise ValueError(f"{name} is {value!r}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{source}: cannot be read ({error}): use another checkpoint") from None
+    return state
+
+
+_EMPTY = TrainState(0, 0, 0, 0.0, "")
+_KINDS: dict[type, Callable[[Any], bool]] = {
+    bool: lambda value: isinstance(value, bool),
+    str: lambda value: isinstance(value, str),
+    int: lambda value: type(value) is int and value >= 0,
+    float: lambda value: type(value) in (int, float),
+    list: lambda value: isinstance(value, list) and all(type(entry) in (int, float) for entry in value),
+}

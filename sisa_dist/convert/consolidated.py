@@ -45,6 +45,10 @@ def open_checkpoint(path: Path) -> Opened:
     config = parse_config(tree, source=f"{path}: {CONFIG}")
     files = {name: file.metadata[name].encode() for name in (STATE, DATA) if name in file.metadata}
     if TOKENIZER in file.specs:
+        spec = file.specs[TOKENIZER]
+        if spec.dtype != torch.uint8:
+            kind = str(spec.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: its {TOKENIZER} is {kind}, not the uint8 of a file's bytes: use another copy")
         files[TOKENIZER] = file.read(TOKENIZER).numpy().tobytes()
     source = _tensors(file)
     return Opened(path, "safetensors", config.model, source, config=config, files=files)

@@ -51,7 +51,10 @@ def find_tag_folder(path: Path) -> Path | None:
         return path
     if not (path / "latest").is_file():
         return None
-    folder = path / (path / "latest").read_text(encoding="utf-8").strip()
+    try:
+        folder = path / (path / "latest").read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}/latest: does not name a folder: give the folder of one step") from None
     return folder if folder.is_dir() and any(folder.glob("*mp_rank_*_model_states.pt")) else None
 
 

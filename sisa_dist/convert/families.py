@@ -16,28 +16,50 @@ from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert.recipe import Recipe
 from sisa_dist.model import build_model
 
+_KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a whole number", lambda value: type(value) is int and abs(value) < 1 << 40),
+    float: ("a number", lambda value: type(value) in (int, float) and abs(value) < 1e300),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    dict: ("a mapping", lambda value: isinstance(value, dict)),
+    list: ("a list", lambda value: isinstance(value, list)),
+}
+
 
 class Fields:
-    """A config.json, key by key. What our model cannot be is refused by the key's name, never passed over."""
+    """A config.json, key by key. What our model cannot be is refused by the key's name, never passed over.
+
+    So is a value of another kind than the one asked for: Python would take the text "false" for true.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self.family = str(config.get("model_type"))
 
-    def need(self, key: str) -> Any:
+    def need(self, key: str, kind: type = int) -> Any:
         value = self._config.get(key)
         if value is None:
             raise UserError(f"config.json: {key} is missing: is this a whole {self.family} config?")
-        return value
+        return self._checked(key, value, kind)
 
-    def get(self, key: str, default: Any) -> Any:
-        """`default` is transformers' own for an absent or null key."""
+    def get(self, key: str, default: Any, kind: type | None = None) -> Any:
+        """`default` is transformers' own for an absent or null key; the value is of its kind, or of `kind`."""
         value = self._config.get(key)
-        return default if value is None else value
+        return default if value is None else self._checked(key, value, kind or type(default))
+
+    def _checked(self, key: str, value: Any, kind: type) -> Any:
+        what, fits = _KINDS[kind]
+        if not fits(value):
+            raise UserError(f"config.json: {key} is {value!r} and must be {what}: mend it, or fetch the file again")
+        return value
 
     def only(self, key: str, *known: Any) -> None:
         """Raises UserError where the key says something else; absent or null is well."""
         value = self._config.get(key)
+        if value is not None and not known:
+            raise UserError(
+                f"config.json: {key} is set, and our model has none: this {self.family} checkpoint cannot be "
+                "converted, name the original"
+            )
         if value is not None and value not in known:
             raise UserError(
                 f"config.json: {key} {value!r} has no counterpart in our model, only {' or '.join(map(repr, known))} "
@@ -51,7 +73,7 @@ class Fields:
         """
         said: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
-            found = self._config.get(key) or {}
+            found = self.get(key, {})
             kind = found.get("rope_type", found.get("type", "default"))
             nested = [name for name, value in found.items() if isinstance(value, dict)]
             if kind != "default" or nested:
@@ -61,7 +83,11 @@ class Fields:
                 )
             said |= {name: value for name, value in found.items() if value is not None}
         theta = said.get("rope_theta", self.get(theta_key, 10_000.0))
-        return float(theta), float(said.get("partial_rotary_factor", self.get(fraction_key, fraction)))
+        turning = said.get("partial_rotary_factor", self.get(fraction_key, fraction))
+        return (
+            float(self._checked("rope_theta", theta, float)),
+            float(self._checked("partial_rotary_factor", turning, float)),
+        )
 
     def __contains__(self, key: str) -> bool:
         """Whether the key is there, be it null."""
@@ -79,7 +105,9 @@ def model_of(values: Mapping[str, Any], *, source: str) -> ModelConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         where = "".join(f"{part}: " for part in problem["loc"][:1])
-        raise UserError(f"{source}: {where}{problem['msg'].removeprefix('Value error, ')}") from None
+        said = problem["msg"].removeprefix("Value error, ")  # ours, with what to set
+        remedy = "" if said != problem["msg"] else f", not {problem['input']!r}: mend it, or fetch the file again"
+        raise UserError(f"{source}: {where}{said}{remedy}") from None
 
 
 def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:

@@ -103,7 +103,7 @@ def open_checkpoint(path: Path, *, format: str | None = None, config: RunConfig 
 
 
 def architecture(model_type: Any) -> Architecture:
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             f"model_type {model_type!r} has no mapping to our models: those known are {', '.join(ARCHITECTURES)}"
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import hf_folder
-from sisa_dist.convert.families import check_rows
+from sisa_dist.convert.families import Fields, check_rows
 from sisa_dist.convert.hf_folder import reference_logits
 from sisa_dist.convert.recipe import Recipe
 
@@ -36,7 +36,9 @@ _SAME = {
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
-_NEEDED = set(_SAME.values()) - {"vocab_multiple"}
+_REALS = ("log_alpha_min", "rope_theta", "norm_eps", "init_std")
+_FLAGS = ("qk_norm", "tie_embeddings")
+_OPTIONAL = ("vocab_multiple", "log_alpha_min")  # may be absent, or null
 _KNOWN = {*_SAME, "n_kv_heads", "head_dim", "mixer", "d_s"}
 _MIXERS = {"sisa", "attention"}
 
@@ -98,33 +100,36 @@ def read_config(hf_config: dict[str, Any]) -> ModelConfig:
 
     Values that repeat a default (n_kv_heads = n_heads, one d_s for all layers) come back in their short form.
     """
-    try:
-        # vocab_multiple is ours alone: a model born in transformers has none, and takes the default.
-        given = {ours: hf_config[theirs] for ours, theirs in _SAME.items() if theirs in (*hf_config, *_NEEDED)}
-        d_s = list(hf_config["layer_d_s"])
-        n_heads, width = int(hf_config["num_attention_heads"]), int(hf_config["hidden_size"])
-        kv_heads, head_dim = hf_config.get("num_key_value_heads"), hf_config.get("head_dim")
-        if len(d_s) != given["n_layers"]:
-            raise ValueError(f"layer_d_s has {len(d_s)} entries for {given['n_layers']} layers")
-        mixers = ["sisa" if n else "attention" for n in d_s]
-        if len(set(d_s)) == 1:
-            shape: dict[str, Any] = {"mixer": mixers[0], "d_s": d_s[0] or None}
-        elif len(set(mixers)) == 1:
-            shape = {"mixer": mixers[0], "d_s": d_s}
-        else:
-            sizes = set(d_s) - {0}
-            shape = {"mixer": mixers, "d_s": sizes.pop() if len(sizes) == 1 else d_s}
-        return ModelConfig(
-            **given,
-            **shape,
-            n_kv_heads=None if kv_heads in (None, 0, n_heads) else kv_heads,
-            head_dim=None if head_dim in (None, 0) or head_dim * n_heads == width else head_dim,
+    fields = Fields(hf_config)
+    kinds = dict.fromkeys(_SAME, int) | dict.fromkeys(_REALS, float) | dict.fromkeys(_FLAGS, bool)
+    given = {ours: fields.need(_SAME[ours], kind) for ours, kind in kinds.items() if ours not in _OPTIONAL}
+    # vocab_multiple is ours alone: a model born in transformers has none, and takes the default.
+    optional = {ours: fields.get(_SAME[ours], None, kinds[ours]) for ours in _OPTIONAL}
+    given |= {ours: value for ours, value in optional.items() if value is not None}
+    if "log_alpha_min" not in fields:  # null says that nothing is clamped, silence says nothing
+        raise UserError("config.json: log_alpha_min is missing: export the model again")
+    d_s = fields.need("layer_d_s", list)
+    n_heads, width = given["n_heads"], given["d_model"]
+    kv_heads, head_dim = fields.get("num_key_value_heads", None, int), fields.get("head_dim", None, int)
+    if len(d_s) != given["n_layers"] or not all(type(n) is int for n in d_s):
+        raise UserError(
+            f"config.json: layer_d_s is {d_s} and must be {given['n_layers']} whole numbers, one for each of "
+            "num_hidden_layers: export the model again"
         )
-    except KeyError as error:
-        raise UserError(f"config.json of a SISA model has no {error.args[0]}: export the model again") from None
-    except (TypeError, ValueError) as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3]) or str(error)
-        raise UserError(f"config.json does not describe a SISA model ({reason}): export the model again") from None
+    mixers = ["sisa" if n else "attention" for n in d_s]
+    if len(set(d_s)) == 1:
+        shape: dict[str, Any] = {"mixer": mixers[0], "d_s": d_s[0] or None}
+    elif len(set(mixers)) == 1:
+        shape = {"mixer": mixers[0], "d_s": d_s}
+    else:
+        sizes = set(d_s) - {0}
+        shape = {"mixer": mixers, "d_s": sizes.pop() if len(sizes) == 1 else d_s}
+    return fields.model(
+        **given,
+        **shape,
+        n_kv_heads=None if kv_heads in (None, 0, n_heads) else kv_heads,
+        head_dim=None if head_dim in (None, 0) or head_dim * n_heads == width else head_dim,
+    )
 
 
 def exports(model: ModelConfig) -> dict[str, Recipe]:

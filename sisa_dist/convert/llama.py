@@ -58,7 +58,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
     # What transformers takes where the key is absent; the oldest Llama configs have neither.
     kv_heads = fields.get("num_key_value_heads", heads) if family == "llama" else fields.need("num_key_value_heads")
-    head_dim = fields.need("head_dim") if family == "qwen3" else fields.get("head_dim", None)
+    head_dim = fields.need("head_dim") if family == "qwen3" else fields.get("head_dim", None, int)
     everywhere = family in ("llama", "qwen3") and fields.get("attention_bias", False)
     return fields.model(
         vocab_size=fields.need("vocab_size"),
@@ -150,9 +150,11 @@ def _names(model: ModelConfig) -> dict[str, str]:
 def _refuse_window(fields: Fields) -> None:
     """Attention to the last `sliding_window` tokens alone; one as long as the context leaves out nothing."""
     if fields.family == "mistral":
-        window = fields.get("sliding_window", None) if "sliding_window" in fields else 4096  # transformers' default
+        window = (
+            fields.get("sliding_window", None, int) if "sliding_window" in fields else 4096
+        )  # transformers' default
     else:
-        window = fields.get("sliding_window", None) if fields.get("use_sliding_window", False) else None
+        window = fields.get("sliding_window", None, int) if fields.get("use_sliding_window", False) else None
     if window is not None and window < fields.need("max_position_embeddings"):
         raise UserError(
             f"config.json: sliding_window {window} is shorter than max_position_embeddings "

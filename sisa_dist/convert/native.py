@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from sisa_dist.checkpoint import find_checkpoint, verify, write_checkpoint
 from sisa_dist.checkpoint.storage import SafeReader
+from sisa_dist.checkpoint.write import reason
 from sisa_dist.config import UserError, dump_config, load_config
 from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
@@ -75,11 +76,8 @@ class NativeSource:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist is meant
                 dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-            raise UserError(
-                f"{self.folder}: {name} cannot be read ({reason.strip()}): use another checkpoint"
-            ) from None
+        except dcp.api.CheckpointException as error:
+            raise UserError(f"{self.folder}: {name} cannot be read ({reason(error)}): use another checkpoint") from None
         return tensor
 
 

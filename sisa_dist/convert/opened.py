@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sisa_dist.checkpoint import parse_state
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
 from sisa_dist.convert.families import parameter_shapes
 from sisa_dist.convert.recipe import TensorSource, check_specs
@@ -48,7 +49,9 @@ class Opened:
     )  # reads its files, or those that weights alone need, for damage
 
     def __post_init__(self) -> None:
-        """Raises UserError naming the first tensor that is missing, left over or of another shape."""
+        """Raises UserError naming the first tensor that is missing, left over or of another shape, and where what lies
+        beside the tensors is not what its name says."""
+        check_beside(self.files, self.path)
         shapes = parameter_shapes(self.model)
         wanted = {MODEL + name: shape for name, shape in shapes.items()}
         if has_moments(self.source):
@@ -72,12 +75,7 @@ class Opened:
         where there are none (a run can begin from it, none can resume)."""
         found: Any = {"step": 0, "cursor": 0, "tokens": 0, "seconds": 0.0, "fingerprint": ""}
         if STATE in self.files:
-            try:
-                found = json.loads(self.files[STATE])
-            except ValueError as error:
-                raise UserError(f"{self.path}: its {STATE} cannot be read ({error}): use another checkpoint") from None
-            if not isinstance(found, dict):
-                raise UserError(f"{self.path}: its {STATE} is no mapping: use another checkpoint")
+            found = json.loads(self.files[STATE])
         return {**found, "weights_only": not self.has_moments}
 
     def run_config(self) -> RunConfig:
@@ -93,6 +91,19 @@ class Opened:
 
     def without_moments(self) -> Opened:
         return replace(self, source=weights_of(self.source)) if self.has_moments else self
+
+
+def check_beside(files: Mapping[str, bytes], path: Path) -> None:
+    """Raises UserError where state.json or data.json is not one that a run could go on from."""
+    if STATE in files:
+        parse_state(files[STATE], source=f"{path}: {STATE}")
+    if DATA in files:
+        try:
+            sound = isinstance(json.loads(files[DATA])["fingerprint"], str)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise UserError(f"{path}: {DATA}: no mapping with a fingerprint: use another checkpoint")
 
 
 def fp32_parameters(model: ModelConfig) -> frozenset[str]:

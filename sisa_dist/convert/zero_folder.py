@@ -11,7 +11,7 @@ import yaml
 from sisa_dist.config import RunConfig, UserError, parse_config
 from sisa_dist.convert.deepspeed_read import DeepSpeedSource, is_deepspeed, open_deepspeed
 from sisa_dist.convert.deepspeed_write import write_deepspeed
-from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target
+from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, check_beside
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.tensors import weights_of
 from sisa_dist.parallel.plan import check_tp
@@ -76,7 +76,9 @@ def _tensors(source: DeepSpeedSource, files: dict[str, bytes]) -> TensorSource:
 
 def _beside(source: DeepSpeedSource) -> dict[str, bytes]:
     folder = source.path.parent / _BESIDE
-    return {name: (folder / name).read_bytes() for name in (STATE, DATA, TOKENIZER) if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in (STATE, DATA, TOKENIZER) if (folder / name).is_file()}
+    check_beside(files, folder)
+    return files
 
 
 def _beginning(source: DeepSpeedSource) -> dict[str, object]:

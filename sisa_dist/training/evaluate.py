@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.baseline import unigram_perplexity
 from data_pipeline.index import Index
 from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.checkpoint import find_checkpoint, load_weights, read_state, run_folder_of
+from sisa_dist.checkpoint import find_checkpoint, load_tokenizer, load_weights, read_state, run_folder_of
 from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.engine import build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
@@ -36,7 +36,7 @@ def evaluate_checkpoint(
         raise UserError(f"--out {path}: there is no folder {path.parent}: make it, or name another file")
     config = load_config(checkpoint / "config.yaml", overrides)
     check_tp(config.model, config.parallel.tp)
-    tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
+    tokenizer = load_tokenizer(checkpoint)
     # The run may have been moved since, or this may be another folder than it was trained from.
     data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
     held_out = _open_held_out(data, tokenizer, checkpoint)

@@ -6,9 +6,12 @@ import pickle
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 
 import sisa_dist
@@ -17,6 +20,7 @@ from sisa_dist.checkpoint import Damaged, list_checkpoints, verify
 from sisa_dist.checkpoint.manifest import NAME, hash_file, read_manifest, write_manifest
 from sisa_dist.checkpoint.storage import METADATA, SafeReader
 from sisa_dist.config import RunConfig, UserError
+from sisa_dist.convert.native import NativeSource
 from sisa_dist.training.trainer import train
 
 
@@ -137,8 +141,7 @@ def test_nothing_foreign_is_unpickled(tiny: RunConfig, tmp_path: Path) -> None:
         (checkpoint / METADATA).write_bytes(content)
         files = read_manifest(checkpoint)
         write_manifest(checkpoint, files | {METADATA: hash_file(checkpoint / METADATA)})  # whoever forges, forges this
-        verify(checkpoint)
-        with pytest.raises(UserError, match="table of tensors"):
+        with pytest.raises(Damaged, match=r"\.metadata: (not a table of tensors|model.norm.weight is not a tensor)"):
             sisa_dist.load_model(checkpoint)
         assert not fell.exists()
     (checkpoint / METADATA).write_bytes(pickle.dumps(_Bomb(fell)))
@@ -147,3 +150,36 @@ def test_nothing_foreign_is_unpickled(tiny: RunConfig, tmp_path: Path) -> None:
     assert fell.exists(), "the bomb is real"
     (checkpoint / METADATA).write_bytes(whole)
     assert SafeReader(checkpoint).read_metadata().state_dict_metadata.keys() == tensors.keys()
+
+
+def test_a_forged_part_is_refused_in_our_words(tiny: RunConfig, tmp_path: Path) -> None:
+    train(tiny, quiet=True)
+    checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
+    table = SafeReader(checkpoint).read_metadata()
+    fell, forged = tmp_path / "fell", checkpoint / "weights_0.distcp"
+    for content in (_Bomb(fell), "a text"):
+        torch.save(content, forged)
+        for index, info in table.storage_data.items():
+            table.storage_data[index] = replace(info, offset=0, length=forged.stat().st_size)
+        (checkpoint / METADATA).write_bytes(pickle.dumps(table))
+        files = read_manifest(checkpoint)
+        write_manifest(checkpoint, files | {name: hash_file(checkpoint / name) for name in (METADATA, forged.name)})
+        for load in (sisa_dist.load_model, lambda folder: NativeSource(folder).read("model.norm.weight")):
+            with pytest.raises(UserError) as caught:
+                load(checkpoint)
+            said = str(caught.value)
+            assert "weights_0.distcp holds something else than tensors, which is not unpickled" in said
+            assert "weights_only" not in said and "\n" not in said
+        assert not fell.exists()
+
+
+def test_a_table_of_contents_is_looked_at_before_anything_is_read(tiny: RunConfig, capfd: Any) -> None:
+    """DCP itself says `metadata is None` and prints a traceback."""
+    train(tiny, quiet=True)
+    checkpoint = list_checkpoints(Path(tiny.output_dir))[-1]
+    (checkpoint / METADATA).write_bytes(pickle.dumps(3))
+    write_manifest(checkpoint, read_manifest(checkpoint) | {METADATA: hash_file(checkpoint / METADATA)})
+    capfd.readouterr()
+    with pytest.raises(Damaged, match="not a table of tensors: use another checkpoint"):
+        verify(checkpoint)
+    assert capfd.readouterr().err == ""

@@ -115,6 +115,15 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     assert_same_tensors(small_disk / "step_00000008", list_checkpoints(tmp_path / "straight")[-1])
 
 
+def test_where_the_first_save_fails_the_run_begins_anew(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(save, "write_checkpoint", fails)
+    with pytest.raises(UserError, match="the disk is full; there is no other one, the same command begins anew"):
+        train(tiny, quiet=True)
+
+
 def _train_and_catch(config: RunConfig) -> str:
     try:
         train(config, quiet=True)

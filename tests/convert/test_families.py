@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
-from sisa_dist.convert import llama, neox
+from sisa_dist.convert import hf_sisa, llama, neox
 from sisa_dist.convert.recipe import Converted, check_specs
 from sisa_dist.model import LM, build_model
 
@@ -24,6 +24,7 @@ LLAMA = dict(vocab_size=59, hidden_size=48, intermediate_size=40, num_hidden_lay
 LLAMA |= dict(num_key_value_heads=4, initializer_range=0.2, rms_norm_eps=1e-5, max_position_embeddings=64)
 NEOX = dict(vocab_size=59, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 NEOX |= dict(initializer_range=0.2, max_position_embeddings=64)
+SISA = ModelConfig(vocab_size=59, d_model=32, n_layers=2, n_heads=4, d_ff=48, d_s=8)
 FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "gpt_neox": neox}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -152,10 +153,11 @@ def test_the_spelling_of_transformers_4_reads_the_same() -> None:
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' has no counterpart"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is set, and our model has none"),
         ("llama", {"hidden_size": None}, "hidden_size is missing"),
         ("llama", {"num_key_value_heads": 3}, "n_kv_heads 3 does not divide n_heads 4"),
-        ("llama", {"vocab_size": "many"}, "vocab_size: "),
+        ("llama", {"vocab_size": "many"}, "vocab_size is 'many' and must be a whole number: mend it"),
+        ("llama", {"vocab_size": 0}, "vocab_size: Input should be greater than 0, not 0: mend it"),
         ("mistral", {"sliding_window": 32}, "sliding_window 32 is shorter than max_position_embeddings 64"),
         ("mistral", {"max_position_embeddings": 32768}, "sliding_window 4096 is shorter"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "sliding_window 8 is shorter"),
@@ -208,3 +210,35 @@ def test_buffers_of_old_checkpoints_are_dropped_and_strangers_are_not(tmp_path: 
     ours(neox, model, old)
     with pytest.raises(UserError, match="the first is stranger"):
         ours(neox, model, old | {"stranger": torch.zeros(1)})
+
+
+JUNK = ("x", [1], {"a": 1}, 1.5, True, float("inf"), 10**400, [])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "sisa"])
+def test_values_of_another_kind_are_refused_by_name(family: str) -> None:
+    """Any value of config.json may be anything: it is read right or refused in one line, never a traceback."""
+    if family == "sisa":
+        module, base = hf_sisa, hf_sisa.write_config(SISA)
+    else:
+        module, base = FAMILIES[family], {"model_type": family} | (NEOX if family == "gpt_neox" else LLAMA)
+        base |= {"head_dim": 12, "rope_parameters": {"rope_theta": 1e4}, "sliding_window": 64, "layer_types": []}
+        base |= {"use_sliding_window": True, "tie_word_embeddings": False, "attention_bias": False}
+    refused = 0
+    for key in base:
+        for junk in JUNK:
+            try:
+                module.read_config(base | {key: junk})
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 60
+    for changes, says in (
+        ({"rope_parameters": "x"}, "rope_parameters is 'x' and must be a mapping"),
+        ({"rope_parameters": {"rope_theta": "abc"}}, "rope_theta is 'abc' and must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false' and must be true or false"),
+        ({"hidden_size": "48"}, "hidden_size is '48' and must be a whole number"),
+    ):
+        if family != "sisa" or "rope_parameters" not in changes:
+            with pytest.raises(UserError, match=says):
+                module.read_config(base | changes)

@@ -51,10 +51,16 @@ def test_configs_that_are_none_are_refused() -> None:
     written = hf_sisa.write_config(tiny())
     with pytest.raises(UserError, match="layer_d_s"):
         hf_sisa.read_config({k: v for k, v in written.items() if k != "layer_d_s"})
-    with pytest.raises(UserError, match="does not describe a SISA model"):
-        hf_sisa.read_config(written | {"layer_d_s": [8]})
-    with pytest.raises(UserError, match="does not describe a SISA model"):
-        hf_sisa.read_config(written | {"num_hidden_layers": "two"})
+    for missing in ("log_alpha_min", "hidden_size"):
+        with pytest.raises(UserError, match=f"{missing} is missing"):
+            hf_sisa.read_config({k: v for k, v in written.items() if k != missing})
+    for wrong in ([8], [8, "8"], [[8], [8]]):
+        with pytest.raises(UserError, match="must be 2 whole numbers, one for each of num_hidden_layers"):
+            hf_sisa.read_config(written | {"layer_d_s": wrong})
+    with pytest.raises(UserError, match="num_hidden_layers is '2' and must be a whole number: mend it"):
+        hf_sisa.read_config(written | {"num_hidden_layers": "2"})
+    with pytest.raises(UserError, match="d_model: Input should be greater than 0, not 0: mend it"):
+        hf_sisa.read_config(written | {"hidden_size": 0, "head_dim": 8})
 
 
 @pytest.mark.parametrize(
