@@ -1,7 +1,8 @@
 """A whole checkpoint as one safetensors file: weights, moments if wanted, config, state and tokenizer.
 
 The header's metadata holds `sisa_format` (a version), `config.yaml`, `state.json` and `data.json` as text; the
-SentencePiece model is the uint8 tensor `tokenizer.model`. So the file needs nothing beside it.
+SentencePiece model is the uint8 tensor `tokenizer.model`. So the file needs nothing beside it. SHA-256 of the header
+and of each tensor are in the metadata too, and are compared at every read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from sisa_dist.config import UserError, dump_config, parse_config
 from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
-from sisa_dist.convert.safetensors_io import SafetensorsFile, write_safetensors
+from sisa_dist.convert.safetensors_io import SafetensorsFile, is_safetensors, write_safetensors
 from sisa_dist.convert.tensors import Selected, With
 
 HOLDS_MOMENTS, MASTERS = True, False
@@ -25,7 +26,7 @@ _KEY = "sisa_format"
 
 
 def matches(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".safetensors"
+    return path.is_file() and (path.suffix == ".safetensors" or is_safetensors(path))
 
 
 def open_checkpoint(path: Path) -> Opened:
@@ -67,7 +68,12 @@ def made(opened: Opened, target: Target) -> TensorSource:
 
 
 def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> None:
-    """`source` (under our names) and what lies beside the tensors of `opened`, into the new file `path`."""
+    """`source` (under our names) and what lies beside the tensors of `opened`, into the new file `path`.
+
+    Raises UserError where other libraries would not know the file by its name.
+    """
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: a safetensors file is known by its ending: name it {path.name}.safetensors")
     metadata = {
         "format": "pt",
         _KEY: VERSION,
@@ -79,4 +85,4 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
     small: dict[str, Tensor] = {}
     if opened.tokenizer is not None:
         small[TOKENIZER] = torch.frombuffer(bytearray(opened.tokenizer), dtype=torch.uint8)
-    write_safetensors(path, With(source, small), metadata=metadata)
+    write_safetensors(path, With(source, small), metadata=metadata, checksums=True)

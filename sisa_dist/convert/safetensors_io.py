@@ -7,6 +7,7 @@ It knows nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -41,24 +42,41 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes; the library's own
 _METADATA = "__metadata__"
+_SUMS, _SUM = "sha256", "sha256_header"  # of each tensor's bytes, as JSON; of the header with 64 zeros in its place
+_ZERO = "0" * 64
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its first nine bytes, whatever its name: a header's length and the header's beginning."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start[8:] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _HEADER_LIMIT
 
 
 class SafetensorsFile:
-    """A TensorSource of one file. `metadata`: the header's free text. Opens the file anew for each read."""
+    """A TensorSource of one file. `metadata`: the header's free text. Opens the file anew for each read.
+
+    Where the file has checksums, the header is compared with its own here and a tensor with its own at every read.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Reads the header. Raises UserError where the file is none, is cut short or contradicts itself."""
+        """Reads the header. Raises UserError where the file is none, is damaged, cut short or contradicts itself."""
         self.path = path
         try:
             with path.open("rb") as file:
-                header, self._start = _read_header(path, file)
+                text = _read_header(path, file)
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): name another file") from None
+        header, self._start = _parse_header(path, text), 8 + len(text)
         metadata = header.pop(_METADATA, {})
         if not isinstance(metadata, dict):
             raise _broken(path, "its metadata is no mapping")
         self.metadata: dict[str, str] = {str(key): str(value) for key, value in metadata.items()}
+        self._sums = _checked_sums(path, self.metadata, text)
         self._spans: dict[str, tuple[int, int]] = {}
         self.specs: dict[str, Tensor] = {}
         end = 0
@@ -87,6 +105,8 @@ class SafetensorsFile:
                     done += got
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}): use another copy") from None
+        if name in self._sums and hashlib.sha256(memory).hexdigest() != self._sums[name]:
+            raise UserError(f"{self.path}: {name} is damaged, its bytes are not those written: use another copy")
         return tensor
 
 
@@ -134,32 +154,47 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_safetensors(
-    path: Path, source: TensorSource, *, names: Sequence[str] | None = None, metadata: Mapping[str, str]
+    path: Path,
+    source: TensorSource,
+    *,
+    names: Sequence[str] | None = None,
+    metadata: Mapping[str, str],
+    checksums: bool = False,
 ) -> None:
     """Writes tensors of `source` (all, or `names`) into the new file `path` and syncs it. One is in memory at a time.
 
+    `checksums`: SHA-256 of each tensor and of the header go into the metadata, about 100 bytes a tensor.
     Raises OSError where the disk does; the file is then incomplete, and the caller's to remove.
     """
     chosen = list(source.specs if names is None else names)
     # Wide types first: every tensor then starts at a multiple of its own element, as readers that map the file want.
     chosen.sort(key=lambda name: -source.specs[name].element_size())
-    header: dict[str, Any] = {_METADATA: dict(metadata)}
+    header: dict[str, Any] = {_METADATA: {k: v for k, v in metadata.items() if k not in (_SUMS, _SUM)}}
+    sums = dict.fromkeys(chosen, _ZERO)
+    if checksums:
+        header[_METADATA] |= {_SUMS: json.dumps(sums), _SUM: _ZERO}
     at = 0
     for name in chosen:
         spec = source.specs[name]
         size = num_bytes(spec)
         header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text = _header_text(header)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in chosen:
             tensor = source.read(name)
             assert tensor.is_contiguous() and num_bytes(tensor) == num_bytes(source.specs[name]), name
-            if tensor.numel():
-                file.write(raw_bytes(tensor))
-            del tensor
+            memory = raw_bytes(tensor) if tensor.numel() else b""
+            file.write(memory)
+            if checksums:
+                sums[name] = hashlib.sha256(memory).hexdigest()
+            del tensor, memory
+        if checksums:  # as long as the zeros that keep their place
+            header[_METADATA][_SUMS] = json.dumps(sums)
+            header[_METADATA][_SUM] = hashlib.sha256(_header_text(header)).hexdigest()
+            file.seek(8)
+            file.write(_header_text(header))
         file.flush()
         os.fsync(file.fileno())
 
@@ -189,7 +224,22 @@ def write_shards(folder: Path, source: TensorSource, *, most: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _checked_sums(path: Path, metadata: Mapping[str, str], text: bytes) -> dict[str, str]:
+    """The checksums by tensor; none of a file that has none. Raises UserError where the header is not as written."""
+    if _SUMS not in metadata and _SUM not in metadata:
+        return {}
+    said = metadata.get(_SUM, "")
+    if len(said) != 64 or hashlib.sha256(text.replace(said.encode(), _ZERO.encode())).hexdigest() != said:
+        raise UserError(f"{path}: its header is damaged, its bytes are not those written: use another copy")
+    return json.loads(metadata[_SUMS])
+
+
+def _read_header(path: Path, file: BinaryIO) -> bytes:
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 2 <= length <= _HEADER_LIMIT:
@@ -197,13 +247,17 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     text = file.read(length)
     if len(text) < length:
         raise _broken(path, "it ends inside its header: it was cut short")
+    return text
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except ValueError as error:
         raise _broken(path, f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise _broken(path, "its header is no mapping")
-    return header, 8 + length
+    return header
 
 
 def _extent(entry: Any) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from samples import make_text
+from sisa_dist.config import ModelConfig
+from sisa_dist.convert import hf_sisa
 from sisa_dist.convert import hf_tokenizer as conversion
 from sisa_dist.convert.hf_folder import tokenizer_files
 from sisa_dist.convert.hf_tokenizer import NoEqualTokenizer, hf_tokenizer
@@ -184,3 +186,18 @@ def test_only_ties_of_score_are_let_pass() -> None:
     scores = [-1.0, -2.0, -3.0, -3.0001]
     assert conversion._tied([0, 2], [1, 1], scores)
     assert not conversion._tied([0, 2], [0, 3], scores)
+
+
+def test_auto_tokenizer_of_a_folder_with_code_asks_and_runs_nothing_where_told_so(
+    ours: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads config.json first, and the auto_map that the model needs there makes it ask: no key prevents that."""
+    config = hf_sisa.write_config(ModelConfig(vocab_size=512, d_model=32, n_layers=2, n_heads=4, d_ff=48, d_s=8))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "modeling_sisa.py").write_text("raise SystemExit('it was run')")
+    for name, content in hf_tokenizer(ours.model).items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+    assert theirs("def f(x):")["input_ids"] == ours.encode("def f(x):")

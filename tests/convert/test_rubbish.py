@@ -14,7 +14,7 @@ import torch
 from sisa_dist.checkpoint import find_checkpoint
 from sisa_dist.checkpoint.manifest import hash_file, read_manifest, write_manifest
 from sisa_dist.config import UserError
-from sisa_dist.convert.formats import architecture, open_checkpoint
+from sisa_dist.convert.formats import architecture, detect, open_checkpoint
 from sisa_dist.convert.safetensors_io import SafetensorsFile, write_safetensors
 from sisa_dist.convert.tensors import Selected, With
 
@@ -110,3 +110,21 @@ def test_other_formats_are_told_the_way_in(make_checkpoint: Callable[..., Any], 
     assert torch.equal(
         *[open_checkpoint(tmp_path / name).source.read("model.norm.weight") for name in ("a.safetensors", "hf")]
     )
+
+
+def test_a_safetensors_file_has_its_ending_and_a_flipped_byte_is_named(
+    make_checkpoint: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, path = make_checkpoint(), tmp_path / "a.safetensors"
+    refused("name it a.bin.safetensors", capsys, made.folder, tmp_path / "a.bin", "--to", "safetensors")
+    assert sorted(found.name for found in tmp_path.iterdir()) == [made.folder.name]
+    assert convert_checkpoint.main([str(made.folder), str(path), "--to", "safetensors"]) == 0
+    assert detect(path.rename(tmp_path / "b")) == "safetensors"
+    content = bytearray((tmp_path / "b").read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(content)
+    refused("is damaged, its bytes are not those written", capsys, path, tmp_path / "out", "--to", "native")
+    assert not (tmp_path / "out").exists()
+    content[content.index(b"rope_theta") + 12] ^= 1  # in config.yaml
+    path.write_bytes(content)
+    refused("its header is damaged", capsys, path, tmp_path / "out", "--to", "native")

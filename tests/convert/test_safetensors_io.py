@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sisa_dist.config import UserError
-from sisa_dist.convert.safetensors_io import INDEX, SafetensorsFile, SafetensorsFiles, write_safetensors, write_shards
+from sisa_dist.convert.safetensors_io import (
+    INDEX,
+    SafetensorsFile,
+    SafetensorsFiles,
+    is_safetensors,
+    write_safetensors,
+    write_shards,
+)
 from sisa_dist.convert.tensors import With
 
 
@@ -145,3 +152,36 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(UserError, match="cannot be read"):
         SafetensorsFiles.of_folder(tmp_path)
+
+
+def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, With(Nothing(), TENSORS), metadata={"key": "value ü"}, checksums=True)
+    assert all(_same(load_file(path)[name], tensor) for name, tensor in TENSORS.items())
+    file, whole = SafetensorsFile(path), path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    for at in range(8, len(whole)):  # every byte of the file but the header's length
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        if at < start:
+            with pytest.raises(UserError, match=r"header|whole safetensors file"):
+                SafetensorsFile(path)
+            continue
+        spans = ((name, header[name]["data_offsets"]) for name in TENSORS)
+        (damaged,) = (name for name, (low, high) in spans if low <= at - start < high)
+        for name in TENSORS:
+            if name == damaged:
+                with pytest.raises(UserError, match=f"{name} is damaged, its bytes are not those written"):
+                    file.read(name)
+            else:
+                assert _same(file.read(name), TENSORS[name])
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    _write(tmp_path / "no ending")
+    (tmp_path / "text").write_text("{} is no header, nor is this")
+    (tmp_path / "empty").touch()
+    assert is_safetensors(tmp_path / "no ending")
+    assert not any(is_safetensors(tmp_path / name) for name in ("text", "empty", "absent", "."))
