@@ -156,6 +156,8 @@ def check_destination(plan: Plan, destination: Path) -> None:
     for folder in (parent.resolve(), *parent.resolve().parents):
         if (folder / MANIFEST).is_file():
             raise UserError(f"{destination}: lies inside the checkpoint {folder}: name a place outside")
+    if plan.to == "safetensors" and destination.suffix != ".safetensors":
+        raise UserError(f"{destination}: nothing would know the file by its name: end it in .safetensors")
     free = shutil.disk_usage(parent).free
     if free < plan.bytes:
         raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")

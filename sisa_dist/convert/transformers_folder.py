@@ -72,7 +72,11 @@ def stored(path: Path) -> TensorSource:
     """The folder's tensors under its own names, of any architecture."""
     if not (path / INDEX).is_file() and not (path / "model.safetensors").is_file():
         pickled = any(path.glob("pytorch_model*.bin"))
-        why = "its weights are pickled, which is not read: save it as safetensors" if pickled else "it has no weights"
+        why = (
+            "its weights are pickled, which is not read: save it as safetensors"
+            if pickled
+            else "it has no weights: fetch it again, whole"
+        )
         raise UserError(f"{path}: {why}")
     return SafetensorsFiles.of_folder(path)
 
