@@ -68,12 +68,7 @@ def made(opened: Opened, target: Target) -> TensorSource:
 
 
 def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> None:
-    """`source` (under our names) and what lies beside the tensors of `opened`, into the new file `path`.
-
-    Raises UserError where other libraries would not know the file by its name.
-    """
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: a safetensors file is known by its ending: name it {path.name}.safetensors")
+    """`source` (under our names) and what lies beside the tensors of `opened`, into the new file `path`."""
     metadata = {
         "format": "pt",
         _KEY: VERSION,

@@ -157,7 +157,9 @@ def check_destination(plan: Plan, destination: Path) -> None:
         if (folder / MANIFEST).is_file():
             raise UserError(f"{destination}: lies inside the checkpoint {folder}: name a place outside")
     if plan.to == "safetensors" and destination.suffix != ".safetensors":
-        raise UserError(f"{destination}: nothing would know the file by its name: end it in .safetensors")
+        raise UserError(
+            f"{destination}: a safetensors file is known by its ending: name it {destination.name}.safetensors"
+        )
     free = shutil.disk_usage(parent).free
     if free < plan.bytes:
         raise UserError(f"{parent}: {plan.bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make room")
