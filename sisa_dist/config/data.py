@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic import model_validator as _model_validator
 
+from sisa_dist.config.passes import PassesConfig
 from sisa_dist.config.section import Section
 
 
@@ -38,3 +39,4 @@ class DataConfig(Section):
     lanes: PositiveInt = 8  # reading locality only: contiguous stretches of the epoch read side by side
     document_mask: bool = False  # true: no token sees another document
     prefetch: NonNegativeInt = 4  # batches read ahead
+    passes: PassesConfig = PassesConfig()  # what is taken out of the documents; nothing by default
