@@ -126,10 +126,10 @@ class Tokenizer:
         """Ids of `text`, without bos or eos. A written "</s>" is ordinary characters, never the eos."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on every core SentencePiece sees."""
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
+        """`encode` of each text, on every core SentencePiece sees, or on `num_threads`."""
         if self._mark is None or not any(_SPACE_MARK in text for text in texts):
-            return self._model.encode(list(texts), out_type=int, num_threads=-1)
+            return self._model.encode(list(texts), out_type=int, num_threads=num_threads)
         return [self._encode_marked(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -154,14 +154,18 @@ class Tokenizer:
         return ids if exact and not prefixed else None
 
 
+def sample_hash(content: bytes, seed: int) -> int:
+    """By which texts are drawn: 64 bits of the UTF-8 and the seed."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest(), "little")
+
+
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
     """The texts of smallest hash that together hold at least `sample_bytes` (or all there are), in order of hash."""
     heap: list[tuple[int, str, int]] = []  # (-hash, text, bytes): the largest hash on top
     total = 0
     for text in texts:
         content = text.encode()
-        digest = hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest()
-        heapq.heappush(heap, (-int.from_bytes(digest, "little"), text, len(content)))
+        heapq.heappush(heap, (-sample_hash(content, seed), text, len(content)))
         total += len(content)
         while total - heap[0][2] >= sample_bytes:
             total -= heapq.heappop(heap)[2]
