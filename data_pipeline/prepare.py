@@ -49,7 +49,7 @@ from data_pipeline.tokenising import (
     write_json,
 )
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.workers import Job, run_jobs
+from data_pipeline.workers import Job, Workers
 from sisa_dist.config import RunConfig, UserError
 
 _NOTHING_TO_TRAIN_ON = (
@@ -100,7 +100,7 @@ class _Preparation:
         self.text_bytes = text_bytes(files)
         self.input_bytes = sum(file.size for file in files)
         self.slices = plan_slices(files, sizes.slice(self.input_bytes))
-        self.workers = self._num_workers()
+        self.workers = Workers(self._num_workers())
         (work / "slices").mkdir(exist_ok=True)
         (work / "parts").mkdir(exist_ok=True)
         self.setup = Setup(
@@ -113,17 +113,18 @@ class _Preparation:
             passes=build_passes(config.data.passes, evaluation_files=evaluation_files(config)),
             folder=work / "slices",
             tokenizer=str(self.out / "tokenizer.model"),
-            num_threads=1 if self.workers or config.data.workers == 1 else -1,
+            num_threads=1 if self.workers.number or config.data.workers == 1 else -1,
             buffer_bytes=sizes.buffer,
         )
 
     def run(self, inputs: dict[str, Any]) -> dict[str, dict[str, int]]:
-        tokenizer = self._tokenizer()
-        notes = self._tokenise()
-        passes = self._decide(len(notes))
-        plans = self._lay_out(notes, tokenizer)
-        self._check(notes, plans)
-        self._cut(plans)
+        with self.workers:
+            tokenizer = self._tokenizer()
+            notes = self._tokenise()
+            passes = self._decide(len(notes))
+            plans = self._lay_out(notes, tokenizer)
+            self._check(notes, plans)
+            self._cut(plans)
         if describe_inputs(self.config) != inputs:
             raise UserError(f"{self.config.data_folder}: the input changed while it was read: run it again")
         counts = {
@@ -165,7 +166,7 @@ class _Preparation:
         with Meter(self.console, "reading for the tokenizer", total=self.input_bytes) as meter:
             jobs = (Job(self._name(spans), (spans, sample.bound)) for spans in self.slices)
             setup = (self.setup, settings.sample_bytes, _SAMPLE_SEED)
-            run_jobs(sample_slice, setup, jobs, workers=self.workers, done=done, report=meter.add)
+            self.workers.run(sample_slice, setup, jobs, done=done, report=meter.add)
         if not found:
             raise UserError(_NOTHING_TO_TRAIN_ON.format(self.config.data.validation_fraction))
         with Meter(self.console, "training the tokenizer", total=0):
@@ -194,14 +195,7 @@ class _Preparation:
         jobs = (Job(self._name(self.slices[number]), (number, self.slices[number])) for number in left)
         with Meter(self.console, "tokenising", total=self.input_bytes, done=before) as meter:
             try:
-                run_jobs(
-                    tokenise_slice,
-                    self.setup,
-                    jobs,
-                    workers=min(self.workers, len(left)),
-                    done=done,
-                    report=meter.add,
-                )
+                self.workers.run(tokenise_slice, self.setup, jobs, done=done, report=meter.add)
             except BadDocument as error:
                 if any(notes.values()):
                     raise Interrupted(f"{error}; or set data.on_bad: skip, and it continues where it stopped") from None
@@ -276,14 +270,7 @@ class _Preparation:
                 left = list(left_to_cut(plan))
                 meter.add(plan.tokens - sum(cut.tokens for cut in left))
                 jobs = (Job(f"{plan.split}, partition {cut.partition}", cut) for cut in left)
-                run_jobs(
-                    cut_partition,
-                    plan,
-                    jobs,
-                    workers=min(self.workers, len(left)) if len(left) > 1 else 0,
-                    done=lambda job, result: None,
-                    report=meter.add,
-                )
+                self.workers.run(cut_partition, plan, jobs, done=lambda job, result: None, report=meter.add)
                 join_parts(plan)
 
     def _num_workers(self) -> int:

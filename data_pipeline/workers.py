@@ -39,37 +39,52 @@ class Job(NamedTuple):
     argument: Any
 
 
-def run_jobs(
-    function: Function,
-    setup: Any,
-    jobs: Iterable[Job],
-    *,
-    workers: int,
-    done: Callable[[Job, Any], None],
-    report: Report = lambda amount: None,
-) -> None:
-    """`function` of every job, in `workers` processes (0: in this one); `done` is called with each result as it comes.
+class Workers:
+    """Processes that start with the first jobs for them and stay for the next ones; 0: none, all is done here.
 
-    `function` is importable by its name; `setup` goes to each worker once. `jobs` is drawn from only when a worker is
-    free. Raises the first UserError of a job, and Interrupted where a worker dies or the disk is full; the others are
-    stopped first.
+    A context manager: at its end, however it comes, they are killed.
     """
-    if workers == 0:
-        for job in jobs:
-            with _disk(job.name):
-                result = function(setup, job.argument, report)
-            done(job, result)
-        return
-    iterator = iter(jobs)
-    with _pool(workers, function, setup) as pool:
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._pool: list[_Worker] = []
+
+    def run(
+        self,
+        function: Function,
+        setup: Any,
+        jobs: Iterable[Job],
+        *,
+        done: Callable[[Job, Any], None],
+        report: Report = lambda amount: None,
+    ) -> None:
+        """`function` of every job; `done` is called with each result as it comes.
+
+        `function` is importable by its name; `setup` goes to each worker once. `jobs` is drawn from only when a worker
+        is free. Raises the first UserError of a job, and Interrupted where a worker dies or the disk is full.
+        """
+        iterator = iter(jobs)
+        if self.number == 0:
+            for job in iterator:
+                with _disk(job.name):
+                    result = function(setup, job.argument, report)
+                done(job, result)
+            return
         busy: dict[Connection, tuple[_Worker, Job]] = {}
-        free = list(pool)
+        free = list(self._pool)
+        ready_for: set[_Worker] = set()
 
         def deal() -> None:
-            while free and (job := next(iterator, None)) is not None:
+            while (free or len(self._pool) < self.number) and (job := next(iterator, None)) is not None:
+                if not free:
+                    free.append(_Worker())
+                    self._pool.append(free[-1])
                 worker = free.pop()
+                if worker not in ready_for:
+                    ready_for.add(worker)
+                    worker.send(("setup", (function, setup)))
+                worker.send(("job", job.argument))
                 busy[worker.connection] = worker, job
-                worker.send(job.argument)
 
         deal()
         while busy:
@@ -89,12 +104,22 @@ def run_jobs(
                 free.append(worker)
             deal()
 
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._pool:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._pool:
+            worker.process.wait()
+        self._pool = []
+
 
 def serve() -> None:
     """The worker's side: jobs come in, results go out, and when the parent is gone so is this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and ends us
     connection = Connection(int(sys.argv[2]))
-    function, setup = connection.recv()
     jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def receive() -> None:
@@ -104,9 +129,17 @@ def serve() -> None:
         except (EOFError, OSError):
             os._exit(0)
 
+    # Daemon: it must not keep the process, and it ends it when the pipe closes, whatever the main thread is at.
     threading.Thread(target=receive, daemon=True).start()
+    function: Function | None = None
+    setup: Any = None
     while True:
-        argument, amount, last = jobs.get(), 0, time.monotonic()
+        kind, argument = jobs.get()
+        if kind == "setup":
+            function, setup = argument
+            continue
+        assert function is not None
+        amount, last = 0, time.monotonic()
 
         def report(more: int) -> None:
             nonlocal amount, last
@@ -127,7 +160,7 @@ def serve() -> None:
 
 
 class _Worker:
-    def __init__(self, function: Function, setup: Any) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno())]
@@ -137,14 +170,10 @@ class _Worker:
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ | single
             )
         self.connection = Connection(ours.detach())
-        self._first = (function, setup)
 
-    def start(self) -> None:
-        self.connection.send(self._first)
-
-    def send(self, argument: Any) -> None:
+    def send(self, message: tuple[str, Any]) -> None:
         with suppress(OSError):  # it died; receive() says so
-            self.connection.send(argument)
+            self.connection.send(message)
 
     def receive(self, job: Job) -> tuple[str, Any]:
         try:
@@ -158,24 +187,6 @@ class _Worker:
                 "data.workers take less memory"
             ) from None
         return answer
-
-
-@contextmanager
-def _pool(workers: int, function: Function, setup: Any) -> Iterator[list[_Worker]]:
-    pool: list[_Worker] = []
-    try:
-        for _ in range(workers):
-            pool.append(_Worker(function, setup))
-        for worker in pool:
-            with suppress(OSError):  # it died; receive() says so
-                worker.start()
-        yield pool
-    finally:
-        for worker in pool:
-            worker.connection.close()
-            worker.process.kill()
-        for worker in pool:
-            worker.process.wait()
 
 
 @contextmanager
