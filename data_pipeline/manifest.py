@@ -7,13 +7,13 @@ that differ in the seed share one folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import FORMAT_VERSION
 from data_pipeline.sources import list_files
+from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 
 _MANIFEST_VERSION = 2  # 1 held the files in place of data.input
@@ -78,10 +78,7 @@ def check_inputs(folder: Path, config: RunConfig) -> str | None:
 def describe_inputs(config: RunConfig) -> dict[str, Any]:
     """What tells today's input files from others of the same names."""
     tokenizer = config.data.tokenizer.path
-    try:
-        sha256 = tokenizer and hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"data.tokenizer.path: {tokenizer} cannot be read ({error.strerror}): mend the path") from None
+    sha256 = tokenizer and Tokenizer.load(tokenizer, eos=config.data.tokenizer.eos).sha256
     files = [[file.name, file.size, file.mtime_ns] for file in list_files(config.data.input)]
     return {"data.input": files, "data.tokenizer.path": sha256}
 
@@ -94,6 +91,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "data.input": [data.input] if isinstance(data.input, str) else data.input,
         "data.text_key": data.text_key,
         "data.tokenizer.path": data.tokenizer.path,
+        "data.tokenizer.eos": data.tokenizer.eos,
         "data.tokenizer.model_type": data.tokenizer.model_type,
         "data.tokenizer.sample_bytes": data.tokenizer.sample_bytes,
         "data.member_tokens": data.member_tokens,

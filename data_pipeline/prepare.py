@@ -7,7 +7,6 @@ says what it was made from: the same settings and inputs are up to date, others 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from data_pipeline.holdout import split_documents, split_value
 from data_pipeline.manifest import check_inputs, check_settings, describe_inputs, read_manifest, write_manifest
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Corpus, Document
-from data_pipeline.tokenizer import Tokenizer, token_dtype, train_tokenizer
+from data_pipeline.tokenizer import SENTENCEPIECE, Tokenizer, check_text_returns, token_dtype, train_tokenizer
 from sisa_dist.config import RunConfig, UserError
 
 _NOTHING_TO_TRAIN_ON = (
@@ -48,7 +47,7 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
         raise UserError(f"{folder}: not empty and not made by `sisa prepare`: name another data.folder")
     inputs, corpus = describe_inputs(config), Corpus(config.data.input, config.data.text_key)
     with built_beside(folder) as building:
-        tokenizer = _tokenizer(config, corpus, building / "tokenizer.model", console)
+        tokenizer = _tokenizer(config, corpus, building, console)
         counts = _write_splits(config, corpus, tokenizer, building, console)
         write_manifest(building, config, inputs=inputs, counts=counts)
     for split, count in counts.items():
@@ -59,17 +58,14 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
     return folder
 
 
-def _tokenizer(config: RunConfig, corpus: Corpus, path: Path, console: Console) -> Tokenizer:
+def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console) -> Tokenizer:
     settings = config.data.tokenizer
     if settings.path is not None:
-        tokenizer = Tokenizer.load(settings.path)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"data.tokenizer.path: {settings.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
-                f"{config.model.vocab_size}: set model.vocab_size to {tokenizer.vocab_size}"
-            )
-        shutil.copyfile(settings.path, path)
-        return Tokenizer.load(path)
+        tokenizer = Tokenizer.load(settings.path, eos=settings.eos, max_vocab_size=config.model.vocab_size)
+        check_text_returns(tokenizer)
+        for name, content in tokenizer.files.items():
+            (folder / name).write_bytes(content)
+        return Tokenizer.load(folder)
     with _progress(console) as progress:
         task = progress.add_task("reading for the tokenizer", total=corpus.total_bytes)
 
@@ -86,7 +82,7 @@ def _tokenizer(config: RunConfig, corpus: Corpus, path: Path, console: Console) 
 
         return train_tokenizer(
             training_texts(),
-            path,
+            folder / SENTENCEPIECE,
             vocab_size=config.model.vocab_size,
             model_type=settings.model_type,
             sample_bytes=settings.sample_bytes,
