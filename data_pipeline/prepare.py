@@ -19,6 +19,7 @@ from data_pipeline.manifest import check_inputs, check_settings, describe_inputs
 from data_pipeline.shards import ShardWriter
 from data_pipeline.sources import Corpus, Document
 from data_pipeline.tokenizer import SENTENCEPIECE, Tokenizer, check_text_returns, token_dtype, train_tokenizer
+from data_pipeline.tokenizer_card import Fertility, write_card
 from sisa_dist.config import RunConfig, UserError
 
 _NOTHING_TO_TRAIN_ON = (
@@ -48,7 +49,9 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
     inputs, corpus = describe_inputs(config), Corpus(config.data.input, config.data.text_key)
     with built_beside(folder) as building:
         tokenizer = _tokenizer(config, corpus, building, console)
-        counts = _write_splits(config, corpus, tokenizer, building, console)
+        fertility = Fertility(tokenizer)
+        counts = _write_splits(config, corpus, tokenizer, fertility, building, console)
+        write_card(building, tokenizer, fertility, settings=config.data.tokenizer.model_dump(exclude_none=True))
         write_manifest(building, config, inputs=inputs, counts=counts)
     for split, count in counts.items():
         console.print(
@@ -90,7 +93,12 @@ def _tokenizer(config: RunConfig, corpus: Corpus, folder: Path, console: Console
 
 
 def _write_splits(
-    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, building: Path, console: Console
+    config: RunConfig,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fertility: Fertility,
+    building: Path,
+    console: Console,
 ) -> dict[str, dict[str, int]]:
     def writer(split: str) -> ShardWriter:
         return ShardWriter(
@@ -114,6 +122,8 @@ def _write_splits(
             for (held_out, document), ids in zip(group, tokenizer.encode_batch(texts), strict=True):
                 split = "validation" if held_out else "train"
                 writers[split].add(ids)
+                if held_out:
+                    fertility.add("all", document.text, ids)
                 text_bytes[split] += len(document.text.encode())
                 lowest = min(lowest, split_value(document.text))
             progress.update(task, completed=corpus.bytes_read)
