@@ -127,9 +127,9 @@ class SentencePieceTokenizer(Tokenizer):
     def piece(self, token_id: int) -> str:
         return str(self._model.id_to_piece(token_id))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
         if self._mark is None or not any(_SPACE_MARK in text for text in texts):
-            return self._model.encode(list(texts), out_type=int, num_threads=-1)
+            return self._model.encode(list(texts), out_type=int, num_threads=num_threads)
         return [self._encode_marked(text) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
@@ -155,14 +155,18 @@ class SentencePieceTokenizer(Tokenizer):
         return ids if exact and not prefixed else None
 
 
+def sample_hash(content: bytes, seed: int) -> int:
+    """By which texts are drawn: 64 bits of the UTF-8 and the seed."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest(), "little")
+
+
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
     """The texts of smallest hash that together hold at least `sample_bytes` (or all there are), in order of hash."""
     heap: list[tuple[int, str, int]] = []  # (-hash, text, bytes): the largest hash on top
     total = 0
     for text in texts:
         content = text.encode()
-        digest = hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest()
-        heapq.heappush(heap, (-int.from_bytes(digest, "little"), text, len(content)))
+        heapq.heappush(heap, (-sample_hash(content, seed), text, len(content)))
         total += len(content)
         while total - heap[0][2] >= sample_bytes:
             total -= heapq.heappop(heap)[2]

@@ -105,8 +105,8 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on every core the library sees."""
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
+        """`encode` of each text, on one thread or (-1) on every core the library sees."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bos and eos are silent. Raises ValueError for an id outside the vocabulary."""

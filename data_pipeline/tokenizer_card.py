@@ -8,21 +8,19 @@ without held-out text there are settings alone. It judges nothing: what is unusa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.tokenizer_base import Tokenizer
 from sisa_dist.config import UserError
 
 CARD = "tokenizer_card.json"
 CARD_VERSION = 1
-_DOMAIN_BYTES = 4_000_000  # measured of a domain at most: splitting words costs more than encoding
-_DOMAINS = 100  # listed at most; the later ones are counted together
-_OTHERS = "others"
 
 
 @dataclass
@@ -34,26 +32,35 @@ class _Sums:
     fallback: int = 0
 
 
+_NAMES = tuple(field.name for field in fields(_Sums))
+
+
 class Fertility:
-    """Sums over held-out texts, in any order up to 4 MB a domain; two of the same texts in the same order are equal."""
+    """Sums over held-out texts, in any order, and over the sums of several."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._fallback = np.zeros(tokenizer.vocab_size, bool)
         self._fallback[list(tokenizer.fallback_ids())] = True
-        self.domains: dict[str, _Sums] = {}
+        self._domains: dict[str, _Sums] = {}
 
-    def add(self, domain: str, text: str, ids: list[int]) -> None:
-        """`ids`: of `text`, without eos. `domain`: what the reader is to compare, a source or a file."""
-        if domain not in self.domains and len(self.domains) >= _DOMAINS:
-            domain = _OTHERS
-        sums = self.domains.setdefault(domain, _Sums())
-        if sums.bytes >= _DOMAIN_BYTES:
-            return
-        sums.documents += 1
-        sums.bytes += len(text.encode())
-        sums.words += len(text.split())
-        sums.tokens += len(ids)
-        sums.fallback += int(np.count_nonzero(self._fallback[ids])) if ids else 0
+    def add(self, domain: str, ids: Sequence[int] | NDArray[Any], *, num_bytes: int, words: int) -> None:
+        """`ids`: of one text, without eos; bytes and words of it as UTF-8 and by whitespace. `domain`: what is to be
+        compared, an entry of data.input."""
+        sums = self._domains.setdefault(domain, _Sums())
+        by_bytes = int(np.count_nonzero(self._fallback[np.asarray(ids, np.int64)]))
+        for name, number in zip(_NAMES, (1, num_bytes, words, len(ids), by_bytes), strict=True):
+            setattr(sums, name, getattr(sums, name) + number)
+
+    def sums(self) -> dict[str, list[int]]:
+        """To be kept, and merged later."""
+        return {domain: [getattr(sums, name) for name in _NAMES] for domain, sums in self._domains.items()}
+
+    def merge(self, others: Mapping[str, Sequence[int]]) -> None:
+        """Adds another's `sums()`."""
+        for domain, numbers in others.items():
+            sums = self._domains.setdefault(domain, _Sums())
+            for name, number in zip(_NAMES, numbers, strict=True):
+                setattr(sums, name, getattr(sums, name) + number)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         return {
@@ -65,7 +72,7 @@ class Fertility:
                 "tokens_per_word": sums.tokens / max(1, sums.words),
                 "fallback_share": sums.fallback / max(1, sums.tokens),
             }
-            for domain, sums in self.domains.items()
+            for domain, sums in self._domains.items()
         }
 
 

@@ -54,7 +54,9 @@ class JsonTokenizer(Tokenizer):
     def piece(self, token_id: int) -> str:
         return str(self._model.id_to_token(token_id))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
+        if num_threads == 1:  # its batches know only one or all
+            return [self._model.encode(text, add_special_tokens=False).ids for text in texts]
         return [found.ids for found in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:

@@ -32,13 +32,17 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    input: str | list[str] = "python-stdlib"  # files, folders or globs; python-stdlib: the sources of Python itself
+    # Files, folders, globs, URLs, hf://NAME?split=train; python-stdlib: the sources of Python itself
+    input: str | list[str] = "python-stdlib"
     text_key: str = "text"
+    on_bad: Literal["stop", "skip"] = "stop"  # what is damaged or no text; skip: it is counted in prepared.json
     folder: str | None = None  # where the shards are; None: data/ in the run folder
     tokenizer: TokenizerConfig = TokenizerConfig()
     member_tokens: PositiveInt = 16_384  # tokens of one tar member
     shard_members: PositiveInt = 256  # members of one tar
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)  # of the documents, chosen by hash of their text
+    shuffle_seed: int = Field(default=0, ge=0, lt=2**64)  # documents are shuffled before members are cut
+    workers: PositiveInt | None = None  # processes of `sisa prepare`; None: a core each, or none where there is little
     lanes: PositiveInt = 8  # reading locality only: contiguous stretches of the epoch read side by side
     document_mask: bool = False  # true: no token sees another document
     prefetch: NonNegativeInt = 4  # batches read ahead

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import tokenizer_card
 from data_pipeline.holdout import split_value
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -23,7 +22,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def add(fertility: Fertility, tokenizer: Tokenizer, domain: str, text: str) -> None:
-    fertility.add(domain, text, tokenizer.encode(text))
+    fertility.add(domain, tokenizer.encode(text), num_bytes=len(text.encode()), words=len(text.split()))
 
 
 def test_fertility_by_hand(tokenizer: Tokenizer) -> None:
@@ -46,29 +45,32 @@ def test_fertility_by_hand(tokenizer: Tokenizer) -> None:
     assert found["empty"]["bytes_per_token"] == 0.0
 
 
-def test_what_is_measured_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_card, "_DOMAIN_BYTES", 100)
-    monkeypatch.setattr(tokenizer_card, "_DOMAINS", 2)
-    fertility = Fertility(tokenizer)
-    for domain in ("a", "b", "c", "d", "a", "a"):
-        add(fertility, tokenizer, domain, "x" * 60)
-    assert {name: sums["documents"] for name, sums in fertility.as_dict().items()} == {"a": 2, "b": 1, "others": 2}
+def test_sums_of_parts_are_the_whole(tokenizer: Tokenizer) -> None:
+    whole, merged = Fertility(tokenizer), Fertility(tokenizer)
+    for part in range(3):
+        one = Fertility(tokenizer)
+        for i in range(4):
+            for each in (whole, one):
+                add(each, tokenizer, "ab"[i % 2], make_text(4 * part + i))
+        merged.merge(json.loads(json.dumps(one.sums())))
+    assert merged.sums() == whole.sums() and merged.as_dict() == whole.as_dict() and len(whole.sums()) == 2
 
 
 def test_the_card_is_written_by_prepare_and_told(
     corpus_folder: Path, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    folder = prepare(make_config(str(corpus_folder)), quiet=True)
+    entries = [f"{corpus_folder}/0*.txt", f"{corpus_folder}/1*.txt"]
+    folder = prepare(make_config(entries), quiet=True)
     card, tokenizer = read_card(folder), Tokenizer.load(folder)
-    assert card is not None and card["sha256"] == tokenizer.sha256
-    held_out = [text for p in corpus_folder.iterdir() if split_value(text := p.read_text()) < 0.1]
-    assert held_out and card["held_out"]["all"]["documents"] == len(held_out)
-    assert card["held_out"]["all"]["bytes"] == sum(len(text.encode()) for text in held_out)
-    assert card["held_out"]["all"]["tokens"] == sum(map(len, tokenizer.encode_batch(held_out)))
+    assert card is not None and card["sha256"] == tokenizer.sha256 and list(card["held_out"]) == entries
+    for entry, found in card["held_out"].items():
+        texts = [path.read_text() for path in sorted(corpus_folder.glob(Path(entry).name))]
+        held_out = [text for text in texts if split_value(text) < 0.1]
+        assert held_out and found["documents"] == len(held_out)
+        assert found["bytes"] == sum(len(text.encode()) for text in held_out)
+        assert found["tokens"] == sum(map(len, tokenizer.encode_batch(held_out)))
     told = describe_card(card)
-    assert (
-        "420 ids" in told and "model_type bpe" in told and f"{card['held_out']['all']['bytes_per_token']:.2f}" in told
-    )
+    assert "420 ids" in told and "model_type bpe" in told and f"{found['bytes_per_token']:.2f}" in told
     none = prepare(make_config(str(corpus_folder), folder="none", validation_fraction=0.0), quiet=True)
     bare = read_card(none)
     assert bare is not None and "none to measure it on" in describe_card(bare)
