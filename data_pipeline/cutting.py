@@ -23,9 +23,6 @@ from data_pipeline.shards import Part, ShardWriter
 from data_pipeline.tokenizer import token_dtype
 from data_pipeline.workers import Report
 
-PARTITION_BYTES, MOST_PARTITIONS = 64_000_000, 4096  # of text, about; beyond that partitions grow
-GROUP_BYTES = 128_000_000  # ids of a partition held at once
-
 
 class Cut(NamedTuple):
     """One partition's job."""
@@ -54,6 +51,7 @@ class SplitPlan:
     shard_members: int
     folder: Path  # where the shards go
     parts: Path  # where the notes of finished partitions go
+    group_bytes: int  # ids held at once
 
     @property
     def documents(self) -> int:
@@ -62,10 +60,6 @@ class SplitPlan:
     @property
     def tokens(self) -> int:
         return sum(cut.tokens for cut in self.cuts)
-
-
-def num_partitions(text_bytes: int) -> int:
-    return min(MOST_PARTITIONS, max(1, -(-text_bytes // PARTITION_BYTES)))
 
 
 def count(
@@ -111,7 +105,7 @@ def cut_partition(plan: SplitPlan, cut: Cut, report: Report) -> None:
     )
     low, high = (partition_start(partition, plan.partitions) for partition in (cut.partition, cut.partition + 1))
     waiting = 0
-    for ids in read_documents(plan.runs, low, high, dtype=dtype, dropped=plan.dropped, group_bytes=GROUP_BYTES):
+    for ids in read_documents(plan.runs, low, high, dtype=dtype, dropped=plan.dropped, group_bytes=plan.group_bytes):
         writer.add(ids)
         waiting += len(ids) + 1
         if waiting > 1 << 18:

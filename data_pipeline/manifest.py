@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import FORMAT_VERSION
 from data_pipeline.inputs import InputFile, list_files
 from data_pipeline.passes import evaluation_files
+from data_pipeline.sizes import Sizes
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 
@@ -88,13 +90,13 @@ def check_inputs(folder: Path, config: RunConfig) -> str | None:
     return None
 
 
-def work_key(config: RunConfig, inputs: dict[str, Any]) -> str:
-    """Equal for equal settings and inputs: whether what a killed `sisa prepare` left is worth going on with.
+def work_key(config: RunConfig, inputs: dict[str, Any], sizes: Sizes) -> str:
+    """Equal for equal settings, inputs and sizes: whether what a killed `sisa prepare` left is worth going on with.
 
     data.on_bad is left out, so that a bad document found late can be skipped without starting over.
     """
     settings = {name: value for name, value in _settings(config).items() if name != "data.on_bad"}
-    return hashlib.blake2b(json.dumps([settings, inputs]).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps([settings, inputs, asdict(sizes)]).encode(), digest_size=8).hexdigest()
 
 
 def describe_inputs(config: RunConfig, files: list[InputFile] | None = None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.building import Interrupted, continued_beside, remove_leftovers
-from data_pipeline.cutting import SplitPlan, count, cut_partition, join_parts, lay_out, left_to_cut, num_partitions
+from data_pipeline.cutting import SplitPlan, count, cut_partition, join_parts, lay_out, left_to_cut
 from data_pipeline.inputs import InputFile, list_files
 from data_pipeline.manifest import (
     check_inputs,
@@ -35,6 +35,7 @@ from data_pipeline.passes import Decider, build_passes, evaluation_files
 from data_pipeline.progress import Meter
 from data_pipeline.readers import BadDocument
 from data_pipeline.sampling import Sample, sample_slice
+from data_pipeline.sizes import USUAL, Sizes
 from data_pipeline.slices import SliceReader, Span, no_text, plan_slices, text_bytes
 from data_pipeline.tokenising import (
     SPLITS,
@@ -55,11 +56,10 @@ _NOTHING_TO_TRAIN_ON = (
     "data.validation_fraction {}: every document was held out and none is left to train on: lower it, set it to 0, or "
     "name more text in data.input"
 )
-_WORKERS_BYTES = 48_000_000  # of text: with less, starting processes costs more than it saves
 _SAMPLE_SEED = 0
 
 
-def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> Path:
+def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, sizes: Sizes = USUAL) -> Path:
     """Make the tokenizer and shards of `config` in its data folder and return that folder.
 
     Returns at once where they stand already; goes on where a killed one stopped. Raises UserError where the folder
@@ -79,10 +79,10 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
         raise UserError(f"{folder}: not empty and not made by `sisa prepare`: name another data.folder")
     files = list_files(config.data.input)
     inputs = describe_inputs(config, files)
-    with continued_beside(folder, work_key(config, inputs)) as (work, other_work):
+    with continued_beside(folder, work_key(config, inputs, sizes)) as (work, other_work):
         if other_work:
             console.print(f"{folder}: was begun with other settings or another input: starting over")
-        counts = _Preparation(config, files, work, console).run(inputs)
+        counts = _Preparation(config, files, work, console, sizes).run(inputs)
     for split, found in counts.items():
         console.print(
             f"{folder / split}: {found['documents']:,} documents, {found['tokens']:,} tokens, "
@@ -94,12 +94,12 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False) -> P
 class _Preparation:
     """The steps, in order; `work` is the folder that survives a kill, `work`/out what becomes the data folder."""
 
-    def __init__(self, config: RunConfig, files: list[InputFile], work: Path, console: Console) -> None:
-        self.config, self.files, self.work, self.console = config, files, work, console
+    def __init__(self, config: RunConfig, files: list[InputFile], work: Path, console: Console, sizes: Sizes) -> None:
+        self.config, self.files, self.work, self.console, self.sizes = config, files, work, console, sizes
         self.out = work / "out"
-        self.slices = plan_slices(files)
         self.text_bytes = text_bytes(files)
         self.input_bytes = sum(file.size for file in files)
+        self.slices = plan_slices(files, sizes.slice(self.input_bytes))
         self.workers = self._num_workers()
         (work / "slices").mkdir(exist_ok=True)
         (work / "parts").mkdir(exist_ok=True)
@@ -114,6 +114,7 @@ class _Preparation:
             folder=work / "slices",
             tokenizer=str(self.out),
             num_threads=1 if self.workers or config.data.workers == 1 else -1,
+            buffer_bytes=sizes.buffer,
         )
 
     def run(self, inputs: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -232,7 +233,7 @@ class _Preparation:
         for split in SPLITS[: 2 if data.validation_fraction else 1]:
             runs = [each.run(folder, number, split) for number, each in enumerate(notes)]
             share = 1.0 if split == "train" else data.validation_fraction
-            partitions = num_partitions(int(self.text_bytes * share))
+            partitions = self.sizes.num_partitions(int(self.text_bytes * share))
             documents, tokens, found_bytes = count(runs, dropped, partitions)
             plans.append(
                 SplitPlan(
@@ -249,6 +250,7 @@ class _Preparation:
                     shard_members=data.shard_members,
                     folder=self.out / split,
                     parts=self.work / "parts",
+                    group_bytes=self.sizes.group,
                 )
             )
         return plans
@@ -290,7 +292,7 @@ class _Preparation:
         asked = self.config.data.workers
         if asked is None:
             unknown = any(file.size == 0 and file.url for file in self.files)
-            asked = len(os.sched_getaffinity(0)) if self.text_bytes > _WORKERS_BYTES or unknown else 1
+            asked = len(os.sched_getaffinity(0)) if self.text_bytes > self.sizes.processes or unknown else 1
         asked = min(asked, len(self.slices))
         return asked if asked > 1 else 0
 

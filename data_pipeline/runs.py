@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 # of its text.
 RECORD = np.dtype([("key", "<u8"), ("offset", "<u8"), ("bytes", "<u8"), ("tokens", "<u4"), ("number", "<u4")])
 FOUND = np.dtype([*RECORD.descr, ("slice", "<u4")])
-BUFFER_BYTES = 64_000_000
 
 
 def shuffle_key(seed: int, file: int, place: int) -> int:
@@ -47,7 +46,7 @@ def partition_start(partition: int, partitions: int) -> int:
 class RunWriter:
     """Takes a slice's documents and writes FOLDER/NAME.ids and .records, each whole when it appears."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], *, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], *, buffer_bytes: int) -> None:
         self._paths = [folder / f"{name}.{ending}" for ending in ("ids", "records")]
         self._partial = [path.with_name(f"{path.name}.partial-{os.getpid()}") for path in self._paths]
         self._dtype, self._buffer_bytes = dtype, buffer_bytes

@@ -34,7 +34,6 @@ from data_pipeline.readers import (
 from sisa_dist.config import UserError
 
 OnBad = Literal["stop", "skip"]
-SMALLEST, LARGEST, SLICES = 4_000_000, 128_000_000, 256  # bytes of a slice; slices of a corpus between those
 _EXAMPLES = 3  # lines that say what was skipped
 _EXPANSION = {".jsonl.gz": 4, ".jsonl.zst": 4, ".parquet": 3}  # text in a compressed byte, roughly
 
@@ -56,10 +55,8 @@ def text_bytes(files: Sequence[InputFile]) -> int:
     return sum(file.size * _EXPANSION.get(file.kind, 1) for file in files)
 
 
-def plan_slices(files: Sequence[InputFile], size: int | None = None) -> list[list[Span]]:
-    """Slices of about `size` bytes on disk, in the order of the corpus; None: chosen from how much there is."""
-    if size is None:
-        size = min(LARGEST, max(SMALLEST, sum(file.size for file in files) // SLICES))
+def plan_slices(files: Sequence[InputFile], size: int) -> list[list[Span]]:
+    """Slices of about `size` bytes as they lie there, in the order of the corpus."""
     slices: list[list[Span]] = []
     room = 0
     for number, file in enumerate(files):

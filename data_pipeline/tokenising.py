@@ -21,7 +21,7 @@ from data_pipeline.encoding import encode_documents
 from data_pipeline.holdout import split_document, split_value
 from data_pipeline.inputs import InputFile
 from data_pipeline.passes import Drop, Pass, Verdict, examine
-from data_pipeline.runs import BUFFER_BYTES, Run, RunWriter, shuffle_key
+from data_pipeline.runs import Run, RunWriter, shuffle_key
 from data_pipeline.slices import OnBad, SliceReader, Span
 from data_pipeline.tokenizer import Tokenizer, token_dtype
 from data_pipeline.tokenizer_card import Fertility
@@ -44,7 +44,7 @@ class Setup:
     folder: Path  # where slices' files go
     tokenizer: str
     num_threads: int  # of the tokenizer; -1: all
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: int  # of ids held before a run is written
 
 
 @dataclass(frozen=True)
