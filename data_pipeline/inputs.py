@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -39,6 +39,7 @@ class InputFile:
     url: str | None = None
     parts: int = 1  # of "hf": how many pieces can be read apart
     ranges: bool = True  # whether reading can begin inside it
+    entry: str = ""  # of data.input that named it
 
     @property
     def where(self) -> str:
@@ -54,7 +55,7 @@ def list_files(inputs: str | list[str]) -> list[InputFile]:
     found: dict[str | Path, InputFile] = {}
     for entry in entries:
         for file in _entry_files(entry):
-            found.setdefault(file.url or file.path.resolve(), file)
+            found.setdefault(file.url or file.path.resolve(), replace(file, entry=entry))
     return list(found.values())
 
 

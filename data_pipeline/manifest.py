@@ -17,6 +17,7 @@ from data_pipeline.index import FORMAT_VERSION
 from data_pipeline.inputs import InputFile, list_files
 from data_pipeline.passes import evaluation_files
 from data_pipeline.sizes import Sizes
+from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 
 _MANIFEST_VERSION = 3  # 1 held the files in place of data.input; 2 was of documents that were not shuffled
@@ -101,10 +102,7 @@ def work_key(config: RunConfig, inputs: dict[str, Any], sizes: Sizes) -> str:
 def describe_inputs(config: RunConfig, files: list[InputFile] | None = None) -> dict[str, Any]:
     """What tells today's input files from others of the same names. `files`: of data.input, where listed already."""
     tokenizer = config.data.tokenizer.path
-    try:
-        sha256 = tokenizer and hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"data.tokenizer.path: {tokenizer} cannot be read ({error.strerror}): mend the path") from None
+    sha256 = tokenizer and Tokenizer.load(tokenizer, eos=config.data.tokenizer.eos).sha256
     found = _identities(list_files(config.data.input) if files is None else files)
     described = {"data.input": found, "data.tokenizer.path": sha256}
     if compared := evaluation_files(config):
@@ -125,6 +123,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "data.text_key": data.text_key,
         "data.on_bad": data.on_bad,
         "data.tokenizer.path": data.tokenizer.path,
+        "data.tokenizer.eos": data.tokenizer.eos,
         "data.tokenizer.model_type": data.tokenizer.model_type,
         "data.tokenizer.sample_bytes": data.tokenizer.sample_bytes,
         "data.member_tokens": data.member_tokens,

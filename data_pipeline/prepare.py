@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -48,7 +47,8 @@ from data_pipeline.tokenising import (
     write_dropped,
     write_json,
 )
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import SENTENCEPIECE, Tokenizer, check_text_returns, find_tokenizer, train_tokenizer
+from data_pipeline.tokenizer_card import Fertility, write_card
 from data_pipeline.workers import Job, Workers
 from sisa_dist.config import RunConfig, UserError
 
@@ -112,7 +112,7 @@ class _Preparation:
             shuffle_seed=config.data.shuffle_seed,
             passes=build_passes(config.data.passes, evaluation_files=evaluation_files(config)),
             folder=work / "slices",
-            tokenizer=str(self.out / "tokenizer.model"),
+            tokenizer=str(self.out),
             num_threads=1 if self.workers.number or config.data.workers == 1 else -1,
             buffer_bytes=sizes.buffer,
         )
@@ -135,26 +135,27 @@ class _Preparation:
             self.console.print(f"skipped: {line}")
         if skipped:
             self.console.print("skipped: " + ", ".join(f"{number:,} {why}" for why, number in sorted(skipped.items())))
+        fertility = Fertility(tokenizer)
+        for each in notes:
+            fertility.merge(each.fertility)
+        write_card(self.out, tokenizer, fertility, settings=self.config.data.tokenizer.model_dump(exclude_none=True))
         write_manifest(
             self.out, self.config, inputs=inputs, counts=counts, skipped=dict(sorted(skipped.items())), passes=passes
         )
         return counts
 
     def _tokenizer(self) -> Tokenizer:
-        settings, path = self.config.data.tokenizer, self.out / "tokenizer.model"
-        if path.is_file():
-            return Tokenizer.load(path)
+        settings = self.config.data.tokenizer
+        if find_tokenizer(self.out) is not None:
+            return Tokenizer.load(self.out)
         if settings.path is not None:
-            tokenizer = Tokenizer.load(settings.path)
-            if tokenizer.vocab_size > self.config.model.vocab_size:
-                raise UserError(
-                    f"data.tokenizer.path: {settings.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
-                    f"{self.config.model.vocab_size}: set model.vocab_size to {tokenizer.vocab_size}"
-                )
-            partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-            shutil.copyfile(settings.path, partial)
-            os.replace(partial, path)
-            return Tokenizer.load(path)
+            tokenizer = Tokenizer.load(settings.path, eos=settings.eos, max_vocab_size=self.config.model.vocab_size)
+            check_text_returns(tokenizer)
+            for name, content in reversed(tokenizer.files.items()):  # last the one that find_tokenizer looks for
+                partial = self.out / f"{name}.partial-{os.getpid()}"
+                partial.write_bytes(content)
+                os.replace(partial, self.out / name)
+            return Tokenizer.load(self.out)
         sample, found = Sample(settings.sample_bytes), False
 
         def done(job: Job, result: tuple[bool, list[tuple[int, str]]]) -> None:
@@ -172,7 +173,7 @@ class _Preparation:
         with Meter(self.console, "training the tokenizer", total=0):
             return train_tokenizer(
                 (text for _, text in sample.items()),
-                path,
+                self.out / SENTENCEPIECE,
                 vocab_size=self.config.model.vocab_size,
                 model_type=settings.model_type,
                 sample_bytes=settings.sample_bytes,
@@ -278,7 +279,7 @@ class _Preparation:
         asked = self.config.data.workers
         if asked is None:
             unknown = any(file.size == 0 and file.url for file in self.files)
-            asked = len(os.sched_getaffinity(0)) if self.text_bytes > self.sizes.processes or unknown else 1
+            asked = _num_cores() if self.text_bytes > self.sizes.processes or unknown else 1
         asked = min(asked, len(self.slices))
         return asked if asked > 1 else 0
 
@@ -293,5 +294,9 @@ class _Preparation:
         return self.files[spans[0].file].where
 
     def _size(self, spans: Sequence[Span]) -> int:
-        reader = [self.files[span.file].size if span.whole else (span.stop or 0) - span.start for span in spans]
-        return sum(reader)
+        return sum(span.size for span in spans)
+
+
+def _num_cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

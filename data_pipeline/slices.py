@@ -44,6 +44,7 @@ class Span(NamedTuple):
     file: int
     start: int = 0
     stop: int | None = None
+    size: int = 0  # bytes as it lies there, about; 0 where nobody says
 
     @property
     def whole(self) -> bool:
@@ -81,8 +82,10 @@ def _spans(number: int, file: InputFile, size: int) -> list[Span]:
         edges = _row_groups(file, size)
     else:
         edges = []
-    pairs = list(pairwise(edges))
-    return [Span(number, *pair) for pair in pairs] if len(pairs) > 1 else [Span(number)]
+    if len(edges) < 3:
+        return [Span(number, size=file.size)]
+    each = file.size // edges[-1]  # bytes of what the edges count
+    return [Span(number, start, stop, (stop - start) * each) for start, stop in pairwise(edges)]
 
 
 def _row_groups(file: InputFile, size: int) -> list[int]:
@@ -113,7 +116,7 @@ class SliceReader:
         self.examples: list[str] = []
         self.documents: Counter[int] = Counter()  # by number of the file, of those read in several slices
         self._done = 0
-        self._open: tuple[IO[bytes], int] | None = None
+        self._open: tuple[IO[bytes], Span] | None = None
 
     @property
     def _num_bad(self) -> int:
@@ -121,11 +124,11 @@ class SliceReader:
 
     @property
     def bytes_read(self) -> int:
-        """Of the files as they lie there."""
+        """Of the spans' sizes."""
         if self._open is None or self._open[0].closed:
             return self._done
-        stream, start = self._open
-        return self._done + max(0, stream.tell() - start)
+        stream, span = self._open
+        return self._done + min(span.size, max(0, stream.tell() - span.start))
 
     def __iter__(self) -> Iterator[tuple[int, int, Document]]:
         """(number of the file, place in it, document)."""
@@ -143,7 +146,7 @@ class SliceReader:
                 self.documents[span.file] += found
             elif not found and file.kind != ".py" and self._num_bad == bad_before:
                 self.bad(no_text(file))
-            self._done += file.size if span.whole else (span.stop or 0) - span.start if file.kind == ".jsonl" else 0
+            self._done += span.size
 
     def bad(self, error: BadDocument) -> None:
         """Raises `error`, or counts it."""
@@ -159,7 +162,8 @@ class SliceReader:
                 yield from read_hub(file, span.start, span.stop, self._text_key, self.bad)
                 return
             with open_input(file) as raw:
-                self._open = raw, span.start if file.kind == ".jsonl" else 0
+                if file.kind != ".parquet":  # which is not read from front to back
+                    self._open = raw, span
                 yield from self._read_open(file, raw, span)
         except (UserError, GeneratorExit):
             raise

@@ -38,7 +38,7 @@ class Corpus:
         return self._reader.bytes_read if self._reader is not None else 0
 
     def __iter__(self) -> Iterator[Document]:
-        spans = [Span(number) for number in range(len(self.files))]
+        spans = [Span(number, size=file.size) for number, file in enumerate(self.files)]
         self._reader = SliceReader(self.files, spans, text_key=self._text_key)
         for _, _, document in self._reader:
             yield document

@@ -24,6 +24,7 @@ from data_pipeline.passes import Drop, Pass, Verdict, examine
 from data_pipeline.runs import Run, RunWriter, shuffle_key
 from data_pipeline.slices import OnBad, SliceReader, Span
 from data_pipeline.tokenizer import Tokenizer, token_dtype
+from data_pipeline.tokenizer_card import Fertility
 from data_pipeline.workers import Report
 
 SPLITS = ("train", "validation")
@@ -56,6 +57,7 @@ class SliceNotes:
     examples: list[str]
     files: dict[str, int]
     lowest: float  # of the split values
+    fertility: dict[str, list[int]]  # of the held-out texts, by entry of data.input; before the passes' decisions
     sizes: dict[str, int]  # bytes of the other files of this slice
 
     @classmethod
@@ -81,7 +83,7 @@ def tokenise_slice(setup: Setup, task: tuple[int, Sequence[Span]], report: Repor
     number, spans = task
     reader = SliceReader(setup.files, spans, text_key=setup.text_key, on_bad=setup.on_bad)
     tokenizer = _load(setup.tokenizer)
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype, fertility = token_dtype(tokenizer.vocab_size), Fertility(tokenizer)
     writers = {
         split: RunWriter(setup.folder, f"{number:06d}.{split}", dtype, buffer_bytes=setup.buffer_bytes)
         for split in SPLITS[: 2 if setup.fraction else 1]
@@ -90,7 +92,7 @@ def tokenise_slice(setup: Setup, task: tuple[int, Sequence[Span]], report: Repor
     documents = reported = 0
     lowest = 1.0
 
-    def texts() -> Iterator[tuple[tuple[str, int, int, int], str]]:
+    def texts() -> Iterator[tuple[tuple[str, int, int, int, str, int], str]]:
         nonlocal documents, reported, lowest
         for file, place, document in reader:
             index, documents = documents, documents + 1
@@ -105,12 +107,16 @@ def tokenise_slice(setup: Setup, task: tuple[int, Sequence[Span]], report: Repor
             lowest = min(lowest, split_value(document.text))
             key = shuffle_key(setup.shuffle_seed, file, place)
             for held_out, part in split_document(document, setup.fraction, lone=setup.lone):
-                yield (SPLITS[held_out], key, index, len(part.text.encode())), part.text
+                words = len(part.text.split()) if held_out else 0
+                entry = setup.files[file].entry
+                yield (SPLITS[held_out], key, index, len(part.text.encode()), entry, words), part.text
 
-    for (split, key, index, text_bytes), ids in encode_documents(
+    for (split, key, index, text_bytes, entry, words), ids in encode_documents(
         texts(), tokenizer, dtype, num_threads=setup.num_threads
     ):
         writers[split].add(key=key, number=index, text_bytes=text_bytes, ids=ids)
+        if split == "validation":
+            fertility.add(entry, ids, num_bytes=text_bytes, words=words)
     report(reader.bytes_read - reported)
     sizes: dict[str, int] = {}
     for writer in writers.values():
@@ -124,6 +130,7 @@ def tokenise_slice(setup: Setup, task: tuple[int, Sequence[Span]], report: Repor
         examples=reader.examples,
         files={str(file): found for file, found in sorted(reader.documents.items())},
         lowest=lowest,
+        fertility=fertility.sums(),
         sizes=sizes,
     )
     write_json(setup.folder / f"{number:06d}.json", vars(notes))

@@ -80,7 +80,7 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
     config = load_config(checkpoint / "config.yaml")
     model = build_model(config.model, attention=config.attention)
     read_tensors({_MODEL + name: p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
-    return model.eval(), Tokenizer.load(checkpoint / "tokenizer.model")
+    return model.eval(), Tokenizer.load(checkpoint, max_vocab_size=config.model.vocab_size)
 
 
 def verify(checkpoint: Path, mesh: Mesh | None = None, *, weights_only: bool = False) -> None:

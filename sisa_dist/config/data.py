@@ -15,12 +15,15 @@ from sisa_dist.config.section import Section
 
 
 class TokenizerConfig(Section):
-    path: str | None = None  # an existing SentencePiece model; None: one is trained on the data
+    path: str | None = None  # an existing tokenizer.model or tokenizer.json; None: one is trained on the data
+    eos: str | None = None  # the token that ends a document, where a tokenizer.json does not say
     model_type: Literal["bpe", "unigram"] = "bpe"
     sample_bytes: PositiveInt = 32_000_000  # text the trainer sees at most
 
     @_model_validator(mode="after")
     def _consistent(self) -> TokenizerConfig:
+        if self.eos is not None and self.path is None:
+            raise ValueError("eos is for a tokenizer that exists: remove it, or set path")
         for key in ("model_type", "sample_bytes"):
             # A resolved config names the defaults too, and must load again.
             if self.path is not None and getattr(self, key) != type(self).model_fields[key].default:

@@ -1,7 +1,8 @@
 """A whole checkpoint as one safetensors file: weights, moments if wanted, config, state and tokenizer.
 
 The header's metadata holds `sisa_format` (a version), `config.yaml`, `state.json` and `data.json` as text; the
-SentencePiece model is the uint8 tensor `tokenizer.model`. So the file needs nothing beside it.
+tokenizer's files are uint8 tensors of their names (`tokenizer.model`, or `tokenizer.json` and
+`tokenizer_config.json`). So the file needs nothing beside it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from data_pipeline.tokenizer import TOKENIZER_FILES
 from sisa_dist.config import UserError, dump_config, parse_config
-from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
+from sisa_dist.convert.opened import CONFIG, DATA, STATE, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.safetensors_io import SafetensorsFile, write_safetensors
 from sisa_dist.convert.tensors import Selected, With
@@ -44,8 +46,7 @@ def open_checkpoint(path: Path) -> Opened:
         raise UserError(f"{path}: its {CONFIG} is no mapping: use another copy")
     config = parse_config(tree, source=f"{path}: {CONFIG}")
     files = {name: file.metadata[name].encode() for name in (STATE, DATA) if name in file.metadata}
-    if TOKENIZER in file.specs:
-        files[TOKENIZER] = file.read(TOKENIZER).numpy().tobytes()
+    files |= {name: file.read(name).numpy().tobytes() for name in TOKENIZER_FILES if name in file.specs}
     source = _tensors(file)
     return Opened(path, "safetensors", config.model, source, config=config, files=files)
 
@@ -55,7 +56,7 @@ def stored(path: Path) -> TensorSource:
 
 
 def _tensors(file: SafetensorsFile) -> TensorSource:
-    return Selected(file, (name for name in file.specs if name != TOKENIZER))
+    return Selected(file, (name for name in file.specs if name not in TOKENIZER_FILES))
 
 
 def made(opened: Opened, target: Target) -> TensorSource:
@@ -72,7 +73,8 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
     }
     if DATA in opened.files:
         metadata[DATA] = opened.files[DATA].decode()
-    small: dict[str, Tensor] = {}
-    if opened.tokenizer is not None:
-        small[TOKENIZER] = torch.frombuffer(bytearray(opened.tokenizer), dtype=torch.uint8)
+    small: dict[str, Tensor] = {
+        name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for name, content in opened.tokenizer_files.items()
+    }
     write_safetensors(path, With(source, small), metadata=metadata)

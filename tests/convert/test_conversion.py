@@ -61,10 +61,12 @@ def test_weights_alone_say_so(make_checkpoint: Callable[..., Any], tmp_path: Pat
 
 
 def test_a_converted_checkpoint_is_a_model_again(
-    make_checkpoint: Callable[..., Any], tmp_path: Path, tiny: RunConfig
+    make_checkpoint: Callable[..., Any], tmp_path: Path, tokenizer: bytes, tiny: RunConfig
 ) -> None:
     made = make_checkpoint(moments=False)
-    tokenizer = (tiny.data_folder / "tokenizer.model").read_bytes()
+    too_large = (tiny.data_folder / "tokenizer.model").read_bytes()
+    with pytest.raises(UserError, match="512 ids, the model 300"):
+        plan(made.folder, to="native", tokenizer=too_large)
     run(made.folder, tmp_path / "back", to="native", tokenizer=tokenizer)
     model, _ = load_model(tmp_path / "back")
     tokens_BT = torch.arange(20)[None]
