@@ -69,10 +69,11 @@ def _cut(text: str, start: int, tokenizer: Tokenizer) -> int:
 
 
 def _places(text: str, low: int, high: int) -> Iterator[int]:
+    """Never inside a run of spaces or newlines: how such a run is cut up depends on all of it."""
     for mark, behind in (("\n", 1), (" ", 0)):
-        found = high
-        for _ in range(_TRIES):
-            found = text.rfind(mark, low, found)
-            if found < 0:
-                break
-            yield found + behind
+        found, tries = high, 0
+        while tries < _TRIES and (found := text.rfind(mark, low, found)) >= 0:
+            place = found + behind
+            if text[place - 1].isspace() != text[place].isspace():
+                tries += 1
+                yield place

@@ -132,9 +132,23 @@ def read_parquet(
     row = sum(table.metadata.row_group(group).num_rows for group in range(start))
     for group in range(start, table.num_row_groups if stop is None else stop):
         for batch in table.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
-            for values in batch.to_pylist():
-                yield from _place(file, row, values, text_key, bad)
+            for values in _rows(batch):
+                if isinstance(values, _Fault):
+                    bad(values.at(f"{file.where}: row {row}"))
+                else:
+                    yield from _place(file, row, values, text_key, bad)
                 row += 1
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | _Fault]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # .parquet promises UTF-8 and checks nothing; one by one finds the row
+        for row in range(batch.num_rows):
+            try:
+                yield {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+            except UnicodeDecodeError:
+                yield _Fault("not UTF-8", f"not UTF-8: {AGAIN}")
 
 
 def open_parquet(file: InputFile, raw: IO[bytes]) -> Any:

@@ -168,21 +168,28 @@ class SliceReader:
         except (UserError, GeneratorExit):
             raise
         except Exception as error:
-            if file.url is not None and not _is_damage(error):
+            damage = _is_damage(error) or (file.url is None and isinstance(error, OSError) and error.errno is None)
+            line = f"{file.where}: damaged, cut short or unreadable ({one_line(error)}): {AGAIN}"
+            if damage:
+                self.bad(BadDocument("damaged file", line))
+            elif file.url is not None:
                 raise Interrupted(
                     f"{file.where}: reading it failed ({one_line(error)}): run it again, it continues where it stopped"
                 ) from None
-            if not _is_damage(error) and not isinstance(error, OSError):
-                raise  # a fault of this program
-            line = f"{file.where}: damaged, cut short or unreadable ({one_line(error)}): {AGAIN}"
-            if not _is_damage(error):
+            elif isinstance(error, OSError):
                 raise UserError(line) from None
-            self.bad(BadDocument("damaged file", line))
+            else:
+                raise  # a fault of this program
         finally:
             self._open = None
 
     def _read_open(self, file: InputFile, raw: IO[bytes], span: Span) -> Iterator[Placed]:
         key = self._text_key
+        if file.kind in (".tar", ".parquet") and not file.ranges:
+            raise UserError(
+                f"{file.where}: its server gives no part of it alone, which a {file.kind} needs: fetch it and name the "
+                "local file"
+            )
         if file.kind == ".jsonl":
             yield from read_jsonl(file, raw, span.start, span.stop, key, self.bad)
         elif file.kind in (".jsonl.gz", ".jsonl.zst"):
@@ -203,6 +210,6 @@ def no_text(file: InputFile) -> BadDocument:
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether it is the content that is wrong, which reading again would not mend."""
+    """Whether it is the content that is wrong, which reading again would not mend. pyarrow has plain OSErrors too."""
     kinds: tuple[type[BaseException], ...] = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, SyntaxError)
     return isinstance(error, kinds) or type(error).__module__.split(".")[0] == "pyarrow"
