@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipeline.tokenizer import Tokenizer
 
 PIECE_CHARACTERS = 1 << 18
-_BATCH_CHARACTERS = 1 << 21  # handed to the tokenizer's threads at once
+_BATCH_CHARACTERS = 1 << 21  # handed to the tokenizer's threads at once; to a lone one, a piece
 _CONTEXT = 256  # characters on each side of a cut that must not care about it
 _TRIES = 8  # places of each sort looked at
 
@@ -29,7 +29,7 @@ def encode_documents(
     """(tag, ids of the text) for each (tag, text), in order. OverflowError for an id that `dtype` cannot hold."""
     batch: list[tuple[Tag, str, bool]] = []
     parts: list[NDArray[Any]] = []
-    size = 0
+    size, enough = 0, PIECE_CHARACTERS if num_threads == 1 else _BATCH_CHARACTERS
 
     def encoded() -> Iterator[tuple[Tag, NDArray[Any]]]:
         nonlocal parts
@@ -47,7 +47,7 @@ def encode_documents(
             batch.append((tag, text[start:stop], stop == len(text)))
             size += stop - start
             start = stop
-            if size >= _BATCH_CHARACTERS:
+            if size >= enough:
                 yield from encoded()
                 batch, size = [], 0
             if not text:

@@ -1,4 +1,4 @@
-"""Inputs that are no local files: a real HTTP server on loopback, fsspec's memory, Hugging Face data sets in a folder."""
+"""Inputs that are no local files: a real HTTP server on loopback, memory, Hugging Face data sets in a folder."""
 
 from __future__ import annotations
 
