@@ -1,4 +1,7 @@
-"""A folder is built beside its place and renamed into it, so that what stands there is always whole, kill or not."""
+"""A folder is built beside its place and renamed into it, so that what stands there is always whole, kill or not.
+
+`built_beside` begins from nothing every time; `continued_beside` goes on with what a killed process left.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sisa_dist.config import UserError
@@ -25,19 +28,69 @@ def built_beside(folder: Path) -> Iterator[Path]:
     busy = f"{folder}: another process is preparing it: wait until it is done"
     with locked(folder.with_name(folder.name + ".lock"), busy):
         for leftover in (building, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+            _remove(leftover)
         building.mkdir()
         try:
             yield building
         except BaseException:
             shutil.rmtree(building)
             raise
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(building, folder)
-        if old.exists():
-            shutil.rmtree(old)
+        _put_in_place(building, folder)
+
+
+class Interrupted(UserError):
+    """What running the command again may mend, without a change to settings or input: what is done is kept."""
+
+
+@contextmanager
+def continued_beside(folder: Path, key: str) -> Iterator[tuple[Path, bool]]:
+    """(a folder to work in, whether work under another `key` was thrown away); its `out` replaces `folder` in the end.
+
+    What a process of the same `key` left when it was killed, interrupted or stopped by an `Interrupted` is still there;
+    any other error removes it. FOLDER.building holds all of it; as built_beside, one process at a time.
+    """
+    building = folder.with_name(folder.name + ".building")
+    work = building / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"{folder}: another process is preparing it: wait until it is done"
+    with locked(folder.with_name(folder.name + ".lock"), busy):
+        others = [path for path in building.iterdir() if path != work] if building.is_dir() else []
+        for other in others:
+            shutil.rmtree(other)
+        _remove(folder.with_name(folder.name + ".old"))
+        (work / "out").mkdir(parents=True, exist_ok=True)
+        for partial in work.rglob("*.partial-*"):
+            partial.unlink()
+        try:
+            yield work, bool(others)
+        except UserError as error:
+            if not isinstance(error, Interrupted):
+                shutil.rmtree(building)
+            raise
+        _put_in_place(work / "out", folder)
+        shutil.rmtree(building)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of a process that was killed when `folder` was in its place already. Nothing where another is at work."""
+    beside = [folder.with_name(folder.name + suffix) for suffix in (".building", ".old")]
+    if any(path.exists() for path in beside):
+        with suppress(UserError), locked(folder.with_name(folder.name + ".lock"), "busy"):
+            for path in beside:
+                _remove(path)
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(made, folder)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
 
 
 @contextmanager

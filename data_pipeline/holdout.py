@@ -31,6 +31,14 @@ def split_documents(documents: Iterable[Document], fraction: float) -> Iterator[
         yield split_value(document.text) < fraction, document
 
 
+def split_document(document: Document, fraction: float, *, lone: bool) -> Iterator[tuple[bool, Document]]:
+    """What split_documents gives of one document; `lone`: whether it is the only one."""
+    if lone and fraction > 0:
+        yield from _cut(document, fraction)
+    else:
+        yield split_value(document.text) < fraction, document
+
+
 def _cut(document: Document, fraction: float) -> Iterator[tuple[bool, Document]]:
     text = document.text
     at = int(len(text) * (1 - fraction))

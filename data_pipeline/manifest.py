@@ -9,22 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.index import FORMAT_VERSION
-from data_pipeline.sources import list_files
+from data_pipeline.inputs import InputFile, list_files
+from data_pipeline.passes import evaluation_files
+from data_pipeline.sizes import Sizes
+from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 
-_MANIFEST_VERSION = 2  # 1 held the files in place of data.input
+_MANIFEST_VERSION = 3  # 1 held the files in place of data.input; 2 was of documents that were not shuffled
 _REMEDY = "set it to what was prepared, name another data.folder, or rebuild it with `sisa prepare --force`"
 
 
 def write_manifest(
-    folder: Path, config: RunConfig, *, inputs: dict[str, Any], counts: dict[str, dict[str, int]]
+    folder: Path,
+    config: RunConfig,
+    *,
+    inputs: dict[str, Any],
+    counts: dict[str, dict[str, int]],
+    skipped: dict[str, int],
+    passes: dict[str, Any] | None = None,
 ) -> None:
-    """`inputs`: from describe_inputs, before the first byte was read, so that a later change is seen."""
-    manifest = {"settings": _settings(config), "inputs": inputs, "counts": counts}
+    """`inputs`: from describe_inputs, before the first byte was read, so that a later change is seen.
+
+    counts: documents, tokens, bytes of text of each split; skipped: what was no text, by reason; passes: their
+    Counts.as_dict.
+    """
+    manifest = {"settings": _settings(config), "inputs": inputs, "counts": counts, "skipped": skipped}
+    manifest |= {"passes": passes} if passes is not None else {}
     (folder / "prepared.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -75,15 +90,28 @@ def check_inputs(folder: Path, config: RunConfig) -> str | None:
     return None
 
 
-def describe_inputs(config: RunConfig) -> dict[str, Any]:
-    """What tells today's input files from others of the same names."""
+def work_key(config: RunConfig, inputs: dict[str, Any], sizes: Sizes) -> str:
+    """Equal for equal settings, inputs and sizes: whether what a killed `sisa prepare` left is worth going on with.
+
+    data.on_bad is left out, so that a bad document found late can be skipped without starting over.
+    """
+    settings = {name: value for name, value in _settings(config).items() if name != "data.on_bad"}
+    return hashlib.blake2b(json.dumps([settings, inputs, asdict(sizes)]).encode(), digest_size=8).hexdigest()
+
+
+def describe_inputs(config: RunConfig, files: list[InputFile] | None = None) -> dict[str, Any]:
+    """What tells today's input files from others of the same names. `files`: of data.input, where listed already."""
     tokenizer = config.data.tokenizer.path
-    try:
-        sha256 = tokenizer and hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"data.tokenizer.path: {tokenizer} cannot be read ({error.strerror}): mend the path") from None
-    files = [[file.name, file.size, file.mtime_ns] for file in list_files(config.data.input)]
-    return {"data.input": files, "data.tokenizer.path": sha256}
+    sha256 = tokenizer and Tokenizer.load(tokenizer, eos=config.data.tokenizer.eos).sha256
+    found = _identities(list_files(config.data.input) if files is None else files)
+    described = {"data.input": found, "data.tokenizer.path": sha256}
+    if compared := evaluation_files(config):
+        described["data.passes.decontaminate"] = _identities(list_files(compared))
+    return described
+
+
+def _identities(files: list[InputFile]) -> list[list[Any]]:
+    return [[file.name, file.size, file.mtime_ns] for file in files]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -93,11 +121,15 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         "format": [FORMAT_VERSION, _MANIFEST_VERSION],
         "data.input": [data.input] if isinstance(data.input, str) else data.input,
         "data.text_key": data.text_key,
+        "data.on_bad": data.on_bad,
         "data.tokenizer.path": data.tokenizer.path,
+        "data.tokenizer.eos": data.tokenizer.eos,
         "data.tokenizer.model_type": data.tokenizer.model_type,
         "data.tokenizer.sample_bytes": data.tokenizer.sample_bytes,
         "data.member_tokens": data.member_tokens,
         "data.shard_members": data.shard_members,
         "data.validation_fraction": data.validation_fraction,
+        "data.shuffle_seed": data.shuffle_seed,
+        "data.passes": data.passes.model_dump(mode="json", exclude_none=True),
         "model.vocab_size": config.model.vocab_size,
     }

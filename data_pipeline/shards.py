@@ -15,20 +15,34 @@ import json
 import tarfile
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.index import MEMBER_DTYPE, member_hash, write_index
 
 _TAR_BLOCK = 512
 
 
+@dataclass(frozen=True)
+class Part:
+    """What an index says of some consecutive shards; `segments_end` counts from the first of `segments`."""
+
+    documents: int
+    shards: list[dict[str, Any]]  # name, bytes
+    members: NDArray[Any]  # of MEMBER_DTYPE
+    segments: NDArray[np.uint32]
+    token_counts: NDArray[np.int64]  # [vocab_size]
+
+
 class ShardWriter:
     """Takes documents one by one and writes tars and index into `folder`, which it makes.
 
-    The folder is whole only after `close`: whoever writes it builds it elsewhere and renames.
+    The folder is whole only after `close`: whoever writes it builds it elsewhere and renames. Several writers, each
+    with its own `first_member` and `first_shard`, can share a folder: they `finish`, and joining.py writes the index.
     """
 
     def __init__(
@@ -41,8 +55,10 @@ class ShardWriter:
         tokenizer_sha256: str,
         member_tokens: int,
         shard_members: int,
+        first_member: int = 0,
+        first_shard: int = 0,
     ) -> None:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.documents = 0
         self._folder = folder
         self._dtype = dtype
@@ -55,6 +71,7 @@ class ShardWriter:
         self._eos_id = eos_id
         self._member_tokens = member_tokens
         self._shard_members = shard_members
+        self._first_member, self._first_shard = first_member, first_shard
         self._shards: list[dict[str, Any]] = []
         self._rows: list[tuple[Any, ...]] = []  # of MEMBER_DTYPE
         self._all_segments = array("I")
@@ -65,7 +82,7 @@ class ShardWriter:
         self._continued = False
         self._tar: tarfile.TarFile | None = None
 
-    def add(self, ids: Sequence[int]) -> None:
+    def add(self, ids: Sequence[int] | NDArray[Any]) -> None:
         """One document's ids, without the eos that this appends."""
         tokens = np.empty(len(ids) + 1, self._dtype)
         tokens[:-1] = ids
@@ -83,25 +100,32 @@ class ShardWriter:
 
     def close(self) -> int:
         """Writes the last member and the index; returns the tokens of the split."""
+        part = self.finish()
+        write_index(
+            self._folder,
+            header=self._header | {"documents": part.documents, "shards": part.shards},
+            members=part.members,
+            segments=part.segments,
+            token_counts=part.token_counts,
+        )
+        return int(part.token_counts.sum())
+
+    def finish(self) -> Part:
+        """Writes the last member; no index, which is for whoever puts the parts together."""
         if self._filled:
             self._flush(next_continued=False)
         self._close_tar()
-        write_index(
-            self._folder,
-            header=self._header | {"documents": self.documents, "shards": self._shards},
-            members=np.array(self._rows, dtype=MEMBER_DTYPE),
-            segments=np.array(self._all_segments, dtype="<u4"),
-            token_counts=self._counts,
-        )
-        return int(self._counts.sum())
+        members = np.array(self._rows, dtype=MEMBER_DTYPE)
+        segments = np.array(self._all_segments, dtype="<u4")
+        return Part(self.documents, self._shards, members, segments, self._counts)
 
     def _flush(self, *, next_continued: bool) -> None:
-        number = len(self._rows)
-        if number % self._shard_members == 0:
+        if len(self._rows) % self._shard_members == 0:
             self._close_tar()
-            self._shards.append({"name": f"{len(self._shards):06d}.tar", "bytes": 0})
+            self._shards.append({"name": f"{self._first_shard + len(self._shards):06d}.tar", "bytes": 0})
             path = self._folder / self._shards[-1]["name"]
             self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, closed with its last member
+        number = self._first_member + len(self._rows)
         tokens = self._buffer[: self._filled]
         payload = tokens.tobytes()
         notes = {
@@ -113,7 +137,11 @@ class ShardWriter:
         self._add_file(f"{number:012d}.json", json.dumps(notes).encode())
         offset = self._add_file(f"{number:012d}.bin", payload)
         self._all_segments.extend(self._segments)
-        shard, end, digest = len(self._shards) - 1, len(self._all_segments), np.void(member_hash(payload))
+        shard, end, digest = (
+            self._first_shard + len(self._shards) - 1,
+            len(self._all_segments),
+            np.void(member_hash(payload)),
+        )
         self._rows.append((shard, self._filled, offset, end, self._continued, digest))
         self._counts += np.bincount(tokens, minlength=len(self._counts))
         self._filled, self._segments, self._continued = 0, [], next_continued

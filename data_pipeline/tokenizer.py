@@ -13,12 +13,35 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import sentencepiece
 
+from data_pipeline.tokenizer_base import (
+    JSON,
+    JSON_CONFIG,
+    SENTENCEPIECE,
+    TOKENIZER_FILES,
+    Tokenizer,
+    check_text_returns,
+    find_tokenizer,
+    token_dtype,
+)
 from sisa_dist.config import UserError
+
+__all__ = [
+    "JSON",
+    "JSON_CONFIG",
+    "SENTENCEPIECE",
+    "TOKENIZER_FILES",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "check_text_returns",
+    "draw_sample",
+    "find_tokenizer",
+    "token_dtype",
+    "train_tokenizer",
+]
 
 # Whole pieces, never merged further: SentencePiece trains on lines, so a newline must be a piece of its own.
 _WHITESPACE = ["\n", "\n\n", "\n\n\n", "\t", "\t\t", "\t\t\t", "\t\t\t\t"]
@@ -35,7 +58,7 @@ def train_tokenizer(
     model_type: Literal["bpe", "unigram"] = "bpe",
     sample_bytes: int = 32_000_000,
     seed: int = 0,
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
     """Trains on at most `sample_bytes` of UTF-8 drawn by hash of (seed, text), writes `model_path` whole or not at all.
 
     The draw depends on the set of texts only, not on their order; it takes one pass over them and holds
@@ -75,16 +98,11 @@ def train_tokenizer(
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(model.getvalue())
     os.replace(partial, path)
-    return Tokenizer.load(path)
+    return SentencePieceTokenizer(model.getvalue(), path)
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest of little-endian uint16 and uint32 that holds every id."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
-class Tokenizer:
-    """A loaded SentencePiece model. `model` is the file's bytes, `sha256` theirs; ids are plain ints."""
+class SentencePieceTokenizer(Tokenizer):
+    """`sha256` is of the model's bytes."""
 
     def __init__(self, model: bytes, path: Path) -> None:
         try:
@@ -95,50 +113,33 @@ class Tokenizer:
             ) from None
         self.path, self.model = path, model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._model.get_piece_size()
-        self.eos_id: int = self._model.eos_id()
-        self.bos_id: int = self._model.bos_id()
+        self.vocab_size = self._model.get_piece_size()
+        self.eos_id = self._model.eos_id()
+        self.bos_id = self._model.bos_id()
         if self.eos_id < 0:
             raise UserError(f"{path}: the SentencePiece model has no eos, which joins documents: train one with eos_id")
         self._mark = self._mark_ids()
 
-    @classmethod
-    def load(cls, path: str | Path, *, max_vocab_size: int | None = None) -> Tokenizer:
-        """The model at `path`. Raises UserError where it is none, has no eos, or more ids than `max_vocab_size`."""
-        path = Path(path)
-        try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror}): mend the path") from None
-        tokenizer = cls(model, path)
-        if max_vocab_size is not None and tokenizer.vocab_size > max_vocab_size:
-            raise UserError(
-                f"{path}: the tokenizer has {tokenizer.vocab_size} ids and model.vocab_size is {max_vocab_size}: "
-                f"set model.vocab_size to {tokenizer.vocab_size}"
-            )
-        return tokenizer
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {SENTENCEPIECE: self.model}
 
     def piece(self, token_id: int) -> str:
-        """How SentencePiece writes one id."""
-        return self._model.id_to_piece(token_id)
+        return str(self._model.id_to_piece(token_id))
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. A written "</s>" is ordinary characters, never the eos."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on every core SentencePiece sees."""
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = -1) -> list[list[int]]:
         if self._mark is None or not any(_SPACE_MARK in text for text in texts):
-            return self._model.encode(list(texts), out_type=int, num_threads=-1)
+            return self._model.encode(list(texts), out_type=int, num_threads=num_threads)
         return [self._encode_marked(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bos and eos are silent. Raises ValueError for an id outside the vocabulary."""
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the tokenizer's 0 … {self.vocab_size - 1}")
-        return self._model.decode(ids)
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._model.decode(ids))
+
+    def fallback_ids(self) -> set[int]:
+        return {i for i in range(self.vocab_size) if self._model.is_byte(i) or self._model.is_unknown(i)}
+
+    def unknown_id(self) -> int:
+        return int(self._model.unk_id())
 
     def _encode_marked(self, text: str) -> list[int]:
         """`text` with its literal space marks spelt in bytes, which decode to themselves."""
@@ -154,14 +155,18 @@ class Tokenizer:
         return ids if exact and not prefixed else None
 
 
+def sample_hash(content: bytes, seed: int) -> int:
+    """By which texts are drawn: 64 bits of the UTF-8 and the seed."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest(), "little")
+
+
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
     """The texts of smallest hash that together hold at least `sample_bytes` (or all there are), in order of hash."""
     heap: list[tuple[int, str, int]] = []  # (-hash, text, bytes): the largest hash on top
     total = 0
     for text in texts:
         content = text.encode()
-        digest = hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(16, "little")).digest()
-        heapq.heappush(heap, (-int.from_bytes(digest, "little"), text, len(content)))
+        heapq.heappush(heap, (-sample_hash(content, seed), text, len(content)))
         total += len(content)
         while total - heap[0][2] >= sample_bytes:
             total -= heapq.heappop(heap)[2]

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardWriter
+from data_pipeline.tokenizer import Tokenizer
 
 EOS = 2
 WORDS = [
@@ -48,6 +49,22 @@ def make_text(seed: int, words: int = 120) -> str:
         )
         left -= take
     return f"# document {seed}\n" + rng.choice(["\n", "\n\n"]).join(lines)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    """The texts of a prepared split, in the order they stand in."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    index = Index.load(folder / split)
+    assert index.tokenizer_sha256 == tokenizer.sha256 and index.vocab_size == tokenizer.vocab_size
+    stream = np.concatenate([index.read_member(member) for member in range(len(index.members))])
+    ends = np.flatnonzero(stream == tokenizer.eos_id)
+    assert ends[-1] == len(stream) - 1
+    return [tokenizer.decode(part[:-1]) for part in np.split(stream, ends + 1)[:-1]]
 
 
 def write_split(

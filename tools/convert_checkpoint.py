@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import UserError, load_config
 from sisa_dist.convert.command import run
 from sisa_dist.convert.conversion import Plan, check_destination, convert, plan
@@ -43,7 +44,7 @@ def command(
         typer.Option(metavar="D_S", help="Make a Transformer a SISA model that computes the same: 32, or 32,0,16,…"),
     ] = None,
     shard_gb: Annotated[float | None, typer.Option(min=0.001, help="hf: most a file holds; default 5.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="A SentencePiece model to go with it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model or tokenizer.json to go with it.")] = None,
     config: Annotated[Path | None, typer.Option(help="The run's YAML, for a DeepSpeed SRC without it.")] = None,
     zero_stage: Annotated[
         int | None, typer.Option(min=0, max=3, help="deepspeed: of the run it is for; default 1.")
@@ -79,14 +80,14 @@ def command(
         dtype=dtype,
         moments=moments,
         d_s=_channels(upcycle),
-        tokenizer=None if tokenizer is None else tokenizer.read_bytes(),
+        tokenizer=None if tokenizer is None else Tokenizer.load(tokenizer),
         config=None if config is None else load_config(config),
         target=target,
     )
     kind = planned.before.model_type or "this framework"
     print(f"{planned.before.path}: {planned.before.format}, a model of {kind} → {destination}: {to}")
-    if to == "native" and planned.intended.tokenizer is None:
-        print("no SentencePiece model lies with it: evaluation and training will ask for one, --tokenizer FILE adds it")
+    if to == "native" and not planned.intended.tokenizer_files:
+        print("no tokenizer lies with it: evaluation and training will ask for one, --tokenizer FILE adds it")
     check_destination(planned, destination)
     if dry_run:
         _show(planned)

@@ -1,7 +1,7 @@
 """Checkpoints in PyTorch DCP: full parameter names → global tensors, whatever the engine and the world size.
 
-A checkpoint is a folder `step_00000300` with the tensors (fp32 weights, both moments), `config.yaml`,
-`tokenizer.model`, `state.json` (step, cursor), `data.json` (what the cursor counts in) and `manifest.json` (sizes and
+A checkpoint is a folder `step_00000300` with the tensors (fp32 weights, both moments), `config.yaml`, the
+tokenizer's files, `state.json` (step, cursor), `data.json` (what the cursor counts in) and `manifest.json` (sizes and
 SHA-256). It is written as `.step_00000300.tmp`, synced, hashed and renamed last, so a kill at any moment leaves only
 whole ones; what a kill left behind is removed by the next save.
 """

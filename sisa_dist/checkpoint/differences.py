@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint.manifest import read_manifest
 from sisa_dist.config import ModelConfig, UserError, load_config
 
-TOKENIZER = "tokenizer.model"
 _log = logging.getLogger(__name__)
 
 # Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them, and it is said.
@@ -41,12 +40,12 @@ def check_model(checkpoint: Path, model: ModelConfig) -> None:
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     """Raises UserError where token ids mean something else here than in the checkpoint.
 
-    An imported model may have come without a SentencePiece model: then nothing can be compared, which is said.
+    An imported model may have come without one that can be read: then nothing can be compared, which is said.
     """
-    if TOKENIZER not in read_manifest(checkpoint):
+    if read_manifest(checkpoint).keys().isdisjoint(TOKENIZER_FILES):
         _log.warning("%s: holds no tokenizer: that its token ids mean the same as here is yours to know", checkpoint)
         return
-    stored = Tokenizer.load(checkpoint / TOKENIZER)
+    stored = Tokenizer.load(checkpoint)
     if stored.sha256 == tokenizer.sha256:
         return
     raise UserError(

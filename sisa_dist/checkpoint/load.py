@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.checkpoint.differences import TOKENIZER, check_data, check_model, check_tokenizer
+from data_pipeline.tokenizer import JSON, SENTENCEPIECE, Tokenizer
+from sisa_dist.checkpoint.differences import check_data, check_model, check_tokenizer
 from sisa_dist.checkpoint.folder import find_checkpoint
 from sisa_dist.checkpoint.manifest import check_files, read_manifest
 from sisa_dist.checkpoint.state import TrainState, read_state
@@ -77,21 +77,21 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
     """
     checkpoint = find_checkpoint(checkpoint_folder)
     verify(checkpoint, weights_only=True)
-    tokenizer = load_tokenizer(checkpoint)
     config = load_config(checkpoint / "config.yaml")
+    tokenizer = load_tokenizer(checkpoint, max_vocab_size=config.model.vocab_size)
     model = build_model(config.model, attention=config.attention)
     read_tensors({_MODEL + name: p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
     return model.eval(), tokenizer
 
 
-def load_tokenizer(checkpoint: Path) -> Tokenizer:
-    """Raises UserError where there is none: models of other libraries come without a SentencePiece model."""
-    if TOKENIZER not in read_manifest(checkpoint):
+def load_tokenizer(checkpoint: Path, *, max_vocab_size: int | None = None) -> Tokenizer:
+    """Raises UserError where there is none, models of other libraries may come without, or one of too many ids."""
+    if not any(name in read_manifest(checkpoint) for name in (SENTENCEPIECE, JSON)):
         raise UserError(
             f"{checkpoint}: the checkpoint came without a tokenizer: python tools/convert_checkpoint.py {checkpoint} "
             "NEW --to native --tokenizer FILE makes one with it"
         )
-    return Tokenizer.load(checkpoint / TOKENIZER)
+    return Tokenizer.load(checkpoint, max_vocab_size=max_vocab_size)
 
 
 def verify(checkpoint: Path, mesh: Mesh | None = None, *, weights_only: bool = False) -> None:

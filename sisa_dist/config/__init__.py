@@ -1,12 +1,12 @@
 """The typed config of a run. Lowest layer: everything imports it, it imports nothing of ours."""
 
+from sisa_dist.config.data import DataConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
-    DataConfig,
     EngineConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -15,7 +15,6 @@ from sisa_dist.config.schema import (
     ProfileConfig,
     RunConfig,
     ScheduleConfig,
-    TokenizerConfig,
     TrainingConfig,
 )
 

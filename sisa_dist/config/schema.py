@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
+from sisa_dist.config.data import DataConfig
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.section import Section
 
@@ -31,33 +32,6 @@ class AttentionConfig(Section):
         "cpu_flash",
         "products",
     ] = "auto"
-
-
-class TokenizerConfig(Section):
-    path: str | None = None  # an existing SentencePiece model; None: one is trained on the data
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    sample_bytes: PositiveInt = 32_000_000  # text the trainer sees at most
-
-    @_model_validator(mode="after")
-    def _consistent(self) -> TokenizerConfig:
-        for key in ("model_type", "sample_bytes"):
-            # A resolved config names the defaults too, and must load again.
-            if self.path is not None and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no effect on a tokenizer that exists: remove it, or set path to null")
-        return self
-
-
-class DataConfig(Section):
-    input: str | list[str] = "python-stdlib"  # files, folders or globs; python-stdlib: the sources of Python itself
-    text_key: str = "text"
-    folder: str | None = None  # where the shards are; None: data/ in the run folder
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    member_tokens: PositiveInt = 16_384  # tokens of one tar member
-    shard_members: PositiveInt = 256  # members of one tar
-    validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)  # of the documents, chosen by hash of their text
-    lanes: PositiveInt = 8  # reading locality only: contiguous stretches of the epoch read side by side
-    document_mask: bool = False  # true: no token sees another document
-    prefetch: NonNegativeInt = 4  # batches read ahead
 
 
 class ParallelConfig(Section):

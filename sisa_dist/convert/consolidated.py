@@ -1,8 +1,9 @@
 """A whole checkpoint as one safetensors file: weights, moments if wanted, config, state and tokenizer.
 
 The header's metadata holds `sisa_format` (a version), `config.yaml`, `state.json` and `data.json` as text; the
-SentencePiece model is the uint8 tensor `tokenizer.model`. So the file needs nothing beside it. SHA-256 of the header
-and of each tensor are in the metadata too, and are compared at every read.
+tokenizer's files are uint8 tensors of their names (`tokenizer.model`, or `tokenizer.json` and
+`tokenizer_config.json`). So the file needs nothing beside it. SHA-256 of the header and of each tensor are in the
+metadata too, and are compared at every read.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from data_pipeline.tokenizer import TOKENIZER_FILES
 from sisa_dist.config import UserError, dump_config, parse_config
-from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
+from sisa_dist.convert.opened import CONFIG, DATA, STATE, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.safetensors_io import SafetensorsFile, is_safetensors, write_safetensors
 from sisa_dist.convert.tensors import Selected, With
@@ -45,12 +47,13 @@ def open_checkpoint(path: Path) -> Opened:
         raise UserError(f"{path}: its {CONFIG} is no mapping: use another copy")
     config = parse_config(tree, source=f"{path}: {CONFIG}")
     files = {name: file.metadata[name].encode() for name in (STATE, DATA) if name in file.metadata}
-    if TOKENIZER in file.specs:
-        spec = file.specs[TOKENIZER]
-        if spec.dtype != torch.uint8:
-            kind = str(spec.dtype).removeprefix("torch.")
-            raise UserError(f"{path}: its {TOKENIZER} is {kind}, not the uint8 of a file's bytes: use another copy")
-        files[TOKENIZER] = file.read(TOKENIZER).numpy().tobytes()
+    for name in TOKENIZER_FILES:
+        if name in file.specs:
+            spec = file.specs[name]
+            if spec.dtype != torch.uint8:
+                kind = str(spec.dtype).removeprefix("torch.")
+                raise UserError(f"{path}: its {name} is {kind}, not the uint8 of a file's bytes: use another copy")
+            files[name] = file.read(name).numpy().tobytes()
     source = _tensors(file)
     return Opened(path, "safetensors", config.model, source, config=config, files=files)
 
@@ -60,7 +63,7 @@ def stored(path: Path) -> TensorSource:
 
 
 def _tensors(file: SafetensorsFile) -> TensorSource:
-    return Selected(file, (name for name in file.specs if name != TOKENIZER))
+    return Selected(file, (name for name in file.specs if name not in TOKENIZER_FILES))
 
 
 def made(opened: Opened, target: Target) -> TensorSource:
@@ -77,7 +80,8 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
     }
     if DATA in opened.files:
         metadata[DATA] = opened.files[DATA].decode()
-    small: dict[str, Tensor] = {}
-    if opened.tokenizer is not None:
-        small[TOKENIZER] = torch.frombuffer(bytearray(opened.tokenizer), dtype=torch.uint8)
+    small: dict[str, Tensor] = {
+        name: torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        for name, content in opened.tokenizer_files.items()
+    }
     write_safetensors(path, With(source, small), metadata=metadata, checksums=True)

@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import JSON_CONFIG, SENTENCEPIECE, SentencePieceTokenizer, Tokenizer
+from data_pipeline.tokenizer_json import names_in
 from sisa_dist.checkpoint.manifest import NAME as MANIFEST
 from sisa_dist.config import RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
-from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, fp32_parameters
+from sisa_dist.convert.opened import DATA, STATE, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import Converted, TensorSource
 from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
 from sisa_dist.convert.upcycle import recipes, upcycle
@@ -59,7 +60,7 @@ def plan(
     dtype: Dtype = "fp32",
     moments: bool | None = None,
     d_s: int | list[int] | None = None,
-    tokenizer: bytes | None = None,
+    tokenizer: Tokenizer | bytes | None = None,
     config: RunConfig | None = None,
     target: Target | None = None,
 ) -> Plan:
@@ -67,18 +68,19 @@ def plan(
 
     `moments` None: kept where `to` is for going on with training. `d_s`, one or one per layer: a Transformer is
     upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
-    Raises UserError for what cannot be done.
+    `tokenizer` as bytes is a SentencePiece model. Raises UserError for what cannot be done.
     """
     module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
     if tokenizer is not None:
-        before = replace(before, files={**before.files, TOKENIZER: tokenizer})
-    if before.tokenizer is not None:
-        ids = Tokenizer(before.tokenizer, Path("--tokenizer" if tokenizer is not None else TOKENIZER)).vocab_size
-        if ids > before.model.vocab_size:
-            raise UserError(
-                f"{path}: its tokenizer has {ids} ids, the model {before.model.vocab_size}: give the model's own by "
-                "--tokenizer"
-            )
+        if isinstance(tokenizer, bytes):
+            tokenizer = SentencePieceTokenizer(tokenizer, Path(f"--tokenizer {SENTENCEPIECE}"))
+        before = before.with_tokenizer(tokenizer)
+    kept = before.tokenizer
+    if kept is not None and kept.vocab_size > before.model.vocab_size:
+        raise UserError(
+            f"{path}: its tokenizer has {kept.vocab_size} ids, the model {before.model.vocab_size}: give the model's "
+            "own by --tokenizer"
+        )
     if dtype != "fp32" and module.MASTERS:
         raise UserError(f"--dtype {dtype}: a {to} checkpoint holds fp32 weights: leave --dtype out")
     if moments and not module.HOLDS_MOMENTS:
@@ -133,7 +135,7 @@ def convert(
         check_written(noted.hashes, found, what=str(destination))
         yield f"{len(noted.hashes)} tensors, {plan.bytes / 1e9:.3f} GB, read back as they were written"
         after = module.open_checkpoint(staging)
-        if after.tokenizer != plan.intended.tokenizer:
+        if _tokenizer_of(after) != _tokenizer_of(plan.intended):
             raise UserError(f"{destination}: the tokenizer reads back other than it was written: try another disk")
         yield from verify(plan.before, plan.intended, after, how=how, whole=_whole(plan, after, staging))
         staging.rename(destination)
@@ -189,3 +191,10 @@ def _whole(plan: Plan, after: Opened, staging: Path) -> tuple[Opened, Path] | No
     if plan.before.model_type is not None and not is_rounded(plan.before, after):
         return plan.before, plan.before.path  # an upcycled model computes what the old one does
     return None
+
+
+def _tokenizer_of(opened: Opened) -> tuple[dict[str, bytes], str | None]:
+    """Its file, and its eos where another file says it: what else that one says is each format's own."""
+    files = opened.tokenizer_files
+    config = files.pop(JSON_CONFIG, None)
+    return files, None if config is None else names_in(config, opened.path).get("eos")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.tokenizer_json import JsonTokenizer
 from sisa_dist.config import UserError
 from sisa_dist.convert.hf_tokenizer import NoEqualTokenizer, hf_tokenizer
 
@@ -35,6 +36,28 @@ def tokenizer_files(tokenizer: bytes | None, *, begins_with_eos: bool) -> dict[s
     except NoEqualTokenizer as error:
         warnings.warn(str(error), stacklevel=2)
     return files | {"generation_config.json": _generation_config(tokenizer, begins_with_eos)}
+
+
+def json_tokenizer_files(tokenizer: JsonTokenizer, *, begins_with_eos: bool) -> dict[str, bytes]:
+    """The same for a tokenizer.json, which goes as it came; a written eos stays ordinary characters."""
+    bos, bos_id = (tokenizer.eos, tokenizer.eos_id) if begins_with_eos else (tokenizer.bos, tokenizer.bos_id)
+    unknown_id = tokenizer.unknown_id()
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.eos,
+        **({"bos_token": bos} if bos_id >= 0 else {}),
+        **({"unk_token": tokenizer.piece(unknown_id)} if unknown_id >= 0 else {}),
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    ids = {"bos_token_id": bos_id, "eos_token_id": tokenizer.eos_id}
+    return {
+        "tokenizer.json": tokenizer.model,
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
+        "generation_config.json": json.dumps({name: i for name, i in ids.items() if i >= 0}, indent=2).encode(),
+    }
 
 
 def _generation_config(tokenizer: bytes, begins_with_eos: bool) -> bytes:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 from sisa_dist.config import UserError
 
 _MARK = "\u2581"
@@ -71,7 +71,7 @@ def hf_tokenizer(model: bytes, *, begins_with_eos: bool = False) -> dict[str, by
     """
     sentencepiece_model: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     proto = sentencepiece_model.ModelProto()
-    ours = Tokenizer(model, Path("tokenizer.model"))
+    ours = SentencePieceTokenizer(model, Path("tokenizer.model"))
     proto.ParseFromString(model)
     pieces = pieces_of(proto)
     whole = _build(proto, pieces)

@@ -23,11 +23,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from data_pipeline.tokenizer import TOKENIZER_FILES
 from sisa_dist.checkpoint import find_checkpoint, verify, write_checkpoint
 from sisa_dist.checkpoint.storage import SafeReader
 from sisa_dist.checkpoint.write import reason
 from sisa_dist.config import UserError, dump_config, load_config
-from sisa_dist.convert.opened import CONFIG, DATA, STATE, TOKENIZER, Opened, Target
+from sisa_dist.convert.opened import CONFIG, DATA, STATE, Opened, Target
 from sisa_dist.convert.recipe import TensorSource
 
 HOLDS_MOMENTS, MASTERS = True, True
@@ -43,7 +44,8 @@ def open_checkpoint(path: Path) -> Opened:
     folder = find_checkpoint(path)
     config = load_config(folder / CONFIG)
     try:
-        files = {name: (folder / name).read_bytes() for name in (STATE, TOKENIZER, DATA) if (folder / name).exists()}
+        beside = [folder / name for name in (STATE, DATA, *TOKENIZER_FILES)]
+        files = {path.name: path.read_bytes() for path in beside if path.exists()}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}: use another checkpoint") from None
     return Opened(
@@ -102,7 +104,7 @@ def made(opened: Opened, target: Target) -> TensorSource:
 
 def write(folder: Path, opened: Opened, source: TensorSource, target: Target) -> None:
     """`source` (under our names) and what lies beside the tensors of `opened`, into the new checkpoint `folder`."""
-    files = {name: opened.files[name] for name in (TOKENIZER, DATA) if name in opened.files}
+    files = {name: opened.files[name] for name in (DATA, *TOKENIZER_FILES) if name in opened.files}
     files[CONFIG] = dump_config(opened.run_config()).encode()
     files[STATE] = json.dumps(opened.state(), indent=1).encode()
     write_checkpoint(folder, lazy(source), files=files, no_dist=True)

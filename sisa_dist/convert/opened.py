@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint import parse_state
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
 from sisa_dist.convert.families import parameter_shapes
@@ -17,7 +18,7 @@ from sisa_dist.convert.recipe import TensorSource, check_specs
 from sisa_dist.convert.tensors import MODEL, MOMENTS, has_moments, weights_of
 from sisa_dist.model import build_model
 
-CONFIG, STATE, TOKENIZER, DATA = "config.yaml", "state.json", "tokenizer.model", "data.json"
+CONFIG, STATE, DATA = "config.yaml", "state.json", "data.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Opened:
     model: ModelConfig
     source: TensorSource
     config: RunConfig | None = None  # of the run that made it; None: a foreign model
-    files: dict[str, bytes] = field(default_factory=dict)  # state.json, tokenizer.model, data.json: what there is
+    files: dict[str, bytes] = field(default_factory=dict)  # state.json, data.json, the tokenizer's: what there is
     model_type: str | None = None  # of a foreign architecture, by its Hugging Face name
     foreign: TensorSource | None = None  # its tensors under its own names
     context: int | None = None  # tokens a foreign model was made for, where its config says
@@ -67,8 +68,16 @@ class Opened:
         return has_moments(self.source)
 
     @property
-    def tokenizer(self) -> bytes | None:
-        return self.files.get(TOKENIZER)
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.of_files(self.files, self.path)
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return {name: self.files[name] for name in TOKENIZER_FILES if name in self.files}
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Opened:
+        others = {name: content for name, content in self.files.items() if name not in TOKENIZER_FILES}
+        return replace(self, files={**others, **tokenizer.files})
 
     def state(self) -> dict[str, Any]:
         """The state.json of this checkpoint as it stands now: of a foreign model a beginning, marked without moments

@@ -6,15 +6,18 @@ Which tensor becomes which is the architecture's own table (`formats.ARCHITECTUR
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sisa_dist.config import UserError
+from data_pipeline.tokenizer import Tokenizer, find_tokenizer
+from data_pipeline.tokenizer_json import JsonTokenizer
+from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert.formats import architecture, architecture_for
-from sisa_dist.convert.hf_folder import tokenizer_files
-from sisa_dist.convert.opened import TOKENIZER, Opened, Target
+from sisa_dist.convert.hf_folder import json_tokenizer_files, tokenizer_files
+from sisa_dist.convert.opened import Opened, Target
 from sisa_dist.convert.recipe import Converted, TensorSource
 from sisa_dist.convert.safetensors_io import INDEX, SafetensorsFiles, write_shards
 from sisa_dist.convert.tensors import from_ours, to_ours
@@ -38,8 +41,6 @@ def open_checkpoint(path: Path) -> Opened:
     foreign = stored(path)
     dropped: frozenset[str] = getattr(module, "dropped", lambda model: frozenset())(model)
     source = Converted(foreign, to_ours(module.imports(model)), dropped=dropped)
-    tokenizer = path / TOKENIZER
-    files = {TOKENIZER: tokenizer.read_bytes()} if tokenizer.is_file() else {}
     head, embedding = getattr(module, "HEAD", ""), getattr(module, "EMBEDDING", "")
 
     def check(moments: bool) -> None:
@@ -55,12 +56,23 @@ def open_checkpoint(path: Path) -> Opened:
         "hf",
         model,
         source,
-        files=files,
+        files=_tokenizer_files(path, model),
         model_type=config["model_type"],
         foreign=foreign,
         check=check,
         context=context if isinstance(context, int) and context > 0 else None,
     )
+
+
+def _tokenizer_files(path: Path, model: ModelConfig) -> dict[str, bytes]:
+    """The folder's tokenizer as a checkpoint keeps it; nothing, and a warning, where it is none we can use."""
+    if find_tokenizer(path) is None:
+        return {}
+    try:
+        return Tokenizer.load(path, max_vocab_size=model.vocab_size).files
+    except UserError as error:
+        warnings.warn(f"{error}; the model is taken without it", stacklevel=2)
+        return {}
 
 
 def type_of(path: Path) -> Any:
@@ -94,7 +106,12 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
         config["max_position_embeddings"] = opened.run_config().training.seq_len  # what it was trained at
     folder.mkdir()
     trained_here = opened.state()["step"] > 0
-    files = tokenizer_files(opened.tokenizer, begins_with_eos=trained_here) | getattr(module, "files", dict)()
+    tokenizer = opened.tokenizer
+    if isinstance(tokenizer, JsonTokenizer):
+        files = json_tokenizer_files(tokenizer, begins_with_eos=trained_here)
+    else:
+        files = tokenizer_files(None if tokenizer is None else tokenizer.model, begins_with_eos=trained_here)
+    files |= getattr(module, "files", dict)()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.tokenizer import TOKENIZER_FILES
 from sisa_dist.config import RunConfig, UserError, parse_config
 from sisa_dist.convert.deepspeed_read import DeepSpeedSource, is_deepspeed, open_deepspeed
 from sisa_dist.convert.deepspeed_write import write_deepspeed
-from sisa_dist.convert.opened import DATA, STATE, TOKENIZER, Opened, Target, check_beside
+from sisa_dist.convert.opened import DATA, STATE, Opened, Target, check_beside
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.tensors import weights_of
 from sisa_dist.parallel.plan import check_tp
@@ -63,7 +64,7 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
         progress=lambda line: None,
     )
     (path / _BESIDE).mkdir()
-    for name in (DATA, TOKENIZER):
+    for name in (DATA, *TOKENIZER_FILES):
         if name in opened.files:
             (path / _BESIDE / name).write_bytes(opened.files[name])
     (path / _BESIDE / STATE).write_text(json.dumps(state), encoding="utf-8")
@@ -76,7 +77,8 @@ def _tensors(source: DeepSpeedSource, files: dict[str, bytes]) -> TensorSource:
 
 def _beside(source: DeepSpeedSource) -> dict[str, bytes]:
     folder = source.path.parent / _BESIDE
-    files = {name: (folder / name).read_bytes() for name in (STATE, DATA, TOKENIZER) if (folder / name).is_file()}
+    names = (STATE, DATA, *TOKENIZER_FILES)
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     check_beside(files, folder)
     return files
 

@@ -36,7 +36,7 @@ def evaluate_checkpoint(
         raise UserError(f"--out {path}: there is no folder {path.parent}: make it, or name another file")
     config = load_config(checkpoint / "config.yaml", overrides)
     check_tp(config.model, config.parallel.tp)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, max_vocab_size=config.model.vocab_size)
     # The run may have been moved since, or this may be another folder than it was trained from.
     data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
     held_out = _open_held_out(data, tokenizer, checkpoint)
@@ -71,7 +71,7 @@ def _open_held_out(folder: Path, tokenizer: Tokenizer, checkpoint: Path) -> tupl
     if any(split.tokenizer_sha256 != tokenizer.sha256 for split in (train, validation) if split is not None):
         raise UserError(
             f"{folder}: made with another tokenizer than {checkpoint} was trained with: set data.folder to data "
-            f"prepared with data.tokenizer.path={checkpoint / 'tokenizer.model'}"
+            f"prepared with data.tokenizer.path={tokenizer.path}"
         )
     if validation is None:
         return f"the data in {folder} has no held-out text (data.validation_fraction 0)"

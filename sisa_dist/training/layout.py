@@ -16,6 +16,7 @@ from rich.table import Table
 
 import data_pipeline
 import sisa_dist
+from data_pipeline.tokenizer import find_tokenizer
 from sisa_dist.config import EngineConfig, ParallelConfig, RunConfig, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
@@ -54,12 +55,12 @@ def diagnose_layout(config: RunConfig) -> bool:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    tokenizer = config.data_folder / "tokenizer.model"
+    tokenizer = find_tokenizer(config.data_folder)
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and config.device != "cpu" else "cpu",
         "config": _hash(dump_config(config).encode()),
-        "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer.is_file() else "not prepared",
+        "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer else "not prepared",
         "code": code_version(),
         "torch": torch.__version__,
     }

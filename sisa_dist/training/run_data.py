@@ -24,7 +24,7 @@ def open_data(config: RunConfig) -> RunData:
     """Raises UserError where the data is not prepared, or otherwise than the config says, or does not fit the model."""
     folder = config.data_folder
     check_settings(folder, config)
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} in "
@@ -32,7 +32,7 @@ def open_data(config: RunConfig) -> RunData:
         )
     train = Index.load(folder / "train")
     if train.tokenizer_sha256 != tokenizer.sha256:
-        raise UserError(f"{folder}: the shards were made with another tokenizer.model: run `sisa prepare --force`")
+        raise UserError(f"{folder}: its shards have another {tokenizer.path.name}: run `sisa prepare --force`")
     validation = folder / "validation"
     return RunData(train, Index.load(validation) if (validation / "index.json").is_file() else None, tokenizer)
 

@@ -85,7 +85,7 @@ def _train(
         accept_changes=accept_changes,
     )
     reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
-    files = {"tokenizer.model": data.tokenizer.model, "data.json": json.dumps(described, indent=1).encode()}
+    files = {**data.tokenizer.files, "data.json": json.dumps(described, indent=1).encode()}
     saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)
     try:
         with saver:

@@ -17,7 +17,7 @@ import torch
 from runs import tensors
 from sisa_dist.checkpoint import load_model, verify
 from sisa_dist.checkpoint.storage import SafeReader
-from sisa_dist.config import UserError
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.convert import consolidated, conversion, native
 from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.convert.formats import open_checkpoint
@@ -62,9 +62,12 @@ def test_weights_alone_say_so(make_checkpoint: Callable[..., Any], tmp_path: Pat
 
 
 def test_a_converted_checkpoint_is_a_model_again(
-    make_checkpoint: Callable[..., Any], tmp_path: Path, tokenizer: bytes
+    make_checkpoint: Callable[..., Any], tmp_path: Path, tokenizer: bytes, tiny: RunConfig
 ) -> None:
     made = make_checkpoint(moments=False)
+    too_large = (tiny.data_folder / "tokenizer.model").read_bytes()
+    with pytest.raises(UserError, match="512 ids, the model 300"):
+        plan(made.folder, to="native", tokenizer=too_large)
     run(made.folder, tmp_path / "back", to="native", tokenizer=tokenizer)
     model, _ = load_model(tmp_path / "back")
     tokens_BT = torch.arange(20)[None]

@@ -1,20 +1,12 @@
-"""`prepare` end to end: what it makes, what it leaves alone, and what a kill leaves behind."""
+"""`prepare` end to end: what it makes and what it leaves alone. Kills: test_prepare_kills.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipeline.holdout import split_documents, split_value
@@ -23,25 +15,11 @@ from data_pipeline.loader import Loader, validation_batches
 from data_pipeline.prepare import prepare
 from data_pipeline.sources import Document
 from data_pipeline.tokenizer import Tokenizer
-from samples import make_text
-from sisa_dist.config import RunConfig, UserError, dump_config
+from samples import contents, documents_of, make_text
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.training.run_data import open_data
 
 MakeConfig = Callable[..., RunConfig]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def documents_of(folder: Path, split: str) -> list[str]:
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    index = Index.load(folder / split)
-    assert index.tokenizer_sha256 == tokenizer.sha256 and index.vocab_size == tokenizer.vocab_size
-    stream = np.concatenate([index.read_member(member) for member in range(len(index.members))])
-    ends = np.flatnonzero(stream == tokenizer.eos_id)
-    assert ends[-1] == len(stream) - 1
-    return [tokenizer.decode(part[:-1]) for part in np.split(stream, ends + 1)[:-1]]
 
 
 def refusal(config: RunConfig, **options: bool) -> str:
@@ -62,7 +40,8 @@ def test_every_document_comes_back_once_and_held_out_ones_are_never_trained_on(
     assert sorted(train + validation) == sorted(texts)
     assert not set(train) & set(validation)
     assert len(validation) > 4 and all(split_value(text) < 0.1 for text in validation)
-    assert train == [text for text in texts if split_value(text) >= 0.1]  # in the order of the input
+    in_order = [text for text in texts if split_value(text) >= 0.1]
+    assert train != in_order and sorted(train) == sorted(in_order)
     counts = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["counts"]
     assert counts["train"]["bytes"] == sum(len(text.encode()) for text in train)
 
@@ -223,119 +202,3 @@ def test_tinyshakespeare(make_config: MakeConfig) -> None:
     assert "".join(train + validation).encode() == path.read_bytes()
     batches = list(validation_batches(Index.load(folder / "validation"), seq_len=128, batch_size=4))
     assert sum(int((batch.labels >= 0).sum()) for batch in batches) > 2000
-
-
-# --- kills
-
-INJECT = """
-    import os, signal, sys
-    from data_pipeline import building, index, prepare as module, shards, tokenizer
-    from sisa_dist.config import load_config
-
-    def die(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    count = [0]
-    def after(true, times):
-        def call(*args, **kwargs):
-            count[0] += 1
-            if count[0] > times:
-                die()
-            return true(*args, **kwargs)
-        return call
-
-    {patch}
-    module.prepare(load_config({config!r}), force={force}, quiet=True)
-"""
-POINTS = {
-    "training": "tokenizer.sentencepiece.SentencePieceTrainer.train = die",
-    "model written": "tokenizer.os.replace = die",
-    "some documents": "shards.ShardWriter.add = after(shards.ShardWriter.add, 50)",
-    "some members": "shards.ShardWriter._flush = after(shards.ShardWriter._flush, 7)",
-    "before an index": "shards.write_index = die",
-    "between the indexes": "shards.write_index = after(shards.write_index, 1)",
-    "before the rename": "building.os.replace = after(building.os.replace, 1)",
-    "after the rename": "building.shutil.rmtree = after(building.shutil.rmtree, 0)",
-}
-REPLACING = {
-    "between the renames": "building.os.replace = after(building.os.replace, 2)",
-    "old not removed": "building.shutil.rmtree = die",
-    "old half removed": (
-        "building.shutil.rmtree = lambda path, *a: ([os.remove(p) for p in path.rglob('*') if p.is_file()][:3], die())"
-    ),
-}
-
-
-def run_killed(config: RunConfig, tmp_path: Path, patch: str, *, force: bool = False) -> int:
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    script = INJECT.format(patch=patch, config=str(tmp_path / "config.yaml"), force=force)
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=60, check=False
-    ).returncode
-
-
-def check_whole_or_absent(folder: Path, *wholes: dict[str, bytes]) -> None:
-    assert not folder.exists() or contents(folder) in wholes
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_a_kill_leaves_nothing_that_looks_done(
-    corpus_folder: Path, make_config: MakeConfig, tmp_path: Path, point: str
-) -> None:
-    whole = contents(prepare(make_config(str(corpus_folder), folder="whole"), quiet=True))
-    config = make_config(str(corpus_folder))
-    code = run_killed(config, tmp_path, POINTS[point])
-    assert code == (0 if point == "after the rename" else -signal.SIGKILL)  # a first build has nothing to remove
-    check_whole_or_absent(config.data_folder, whole)
-    assert contents(prepare(config, quiet=True)) == whole
-    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith("data.") and p.suffix != ".lock"] or code == 0
-
-
-@pytest.mark.parametrize("point", REPLACING)
-def test_a_kill_while_replacing_leaves_the_old_or_the_new_or_none(
-    corpus_folder: Path, make_config: MakeConfig, tmp_path: Path, point: str
-) -> None:
-    new_config = make_config(str(corpus_folder), member_tokens=300)
-    old = contents(prepare(make_config(str(corpus_folder)), quiet=True))
-    new = contents(prepare(make_config(str(corpus_folder), member_tokens=300, folder="new"), quiet=True))
-    assert run_killed(new_config, tmp_path, REPLACING[point], force=True) == -signal.SIGKILL
-    check_whole_or_absent(new_config.data_folder, old, new)
-    assert contents(prepare(new_config, quiet=True)) == new
-    assert contents(prepare(new_config, force=True, quiet=True)) == new
-    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "data", "new", "text"}
-
-
-def test_kills_at_random_moments(corpus_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
-    started = time.monotonic()
-    assert run_killed(make_config(str(corpus_folder), folder="whole"), tmp_path, "pass") == 0
-    whole, duration = contents(tmp_path / "whole"), time.monotonic() - started
-    config = make_config(str(corpus_folder))
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    script = textwrap.dedent(INJECT.format(patch="pass", config=str(tmp_path / "config.yaml"), force=True))
-    rng, killed = random.Random(os.getpid()), 0
-    for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.3, 1.0) * duration)
-        child.kill()
-        killed += child.wait() == -signal.SIGKILL
-        check_whole_or_absent(config.data_folder, whole)
-    assert killed > 0
-    assert contents(prepare(config, quiet=True)) == whole
-
-
-def test_two_at_once_do_not_mix(corpus_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(str(corpus_folder))
-    (tmp_path / "config.yaml").write_text(dump_config(config))
-    pause = "shards.write_index = lambda *a, **k: (print('here', flush=True), sys.stdin.readline(), real(*a, **k))"
-    script = INJECT.format(
-        patch=f"real = shards.write_index; {pause}", config=str(tmp_path / "config.yaml"), force=False
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "here\n"
-    assert "another process is preparing it" in refusal(config)
-    child.communicate("\n\n", timeout=60)
-    assert child.returncode == 0
-    assert len(documents_of(prepare(config, quiet=True), "train")) > 90
