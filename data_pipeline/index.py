@@ -34,7 +34,7 @@ MEMBER_DTYPE = np.dtype(
     ]
 )
 _FILES = ("members.npy", "token_counts.npy")  # small enough to be hashed whole whenever they are loaded
-_CACHED_MEMBERS = 64  # 2 MB at 16 384 ids of uint16; about one a lane is in use at a time
+_CACHE_BYTES = 64 << 20  # of ids; about two members a lane are in use at a time, of 2 MB at 1 048 576 ids of uint16
 _AGAIN = "restore it or run `sisa prepare --force`"
 
 
@@ -74,8 +74,11 @@ class Index:
     members: NDArray[Any]  # MEMBER_DTYPE [members]
     token_counts: NDArray[np.int64]  # [vocab_size], over the whole split
     _segments: NDArray[np.uint32]
+    cache_bytes: int = _CACHE_BYTES
     _cache: OrderedDict[int, NDArray[Any]] = field(default_factory=OrderedDict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own thread
+    _cached: int = 0  # bytes
+    _reading: dict[int, threading.Lock] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own threads
 
     @classmethod
     def load(cls, folder: str | Path) -> Index:
@@ -148,11 +151,32 @@ class Index:
         return found
 
     def read_member(self, member: int) -> NDArray[Any]:
-        """The ids of one member, checked against its hash. Raises UserError where they are not what was written."""
+        """The ids of one member, checked against its hash. Raises UserError where they are not what was written.
+
+        Threads that want the same member read it once.
+        """
         with self._lock:
             if member in self._cache:
                 self._cache.move_to_end(member)
                 return self._cache[member]
+            mine = self._reading.setdefault(member, threading.Lock())
+        with mine:
+            with self._lock:
+                if member in self._cache:  # another thread was at it
+                    return self._cache[member]
+            try:
+                found = self._read_member(member)
+                with self._lock:
+                    self._cache[member] = found
+                    self._cached += found.nbytes
+                    while self._cached > self.cache_bytes and len(self._cache) > 1:
+                        self._cached -= self._cache.popitem(last=False)[1].nbytes
+            finally:
+                with self._lock:
+                    self._reading.pop(member, None)
+            return found
+
+    def _read_member(self, member: int) -> NDArray[Any]:
         row = self.members[member]
         path = f"{self.folder}/{self.shards[int(row['shard'])]['name']}"
         start = int(row["offset"])
@@ -162,12 +186,7 @@ class Index:
             raise UserError(f"{path}: cannot be read ({_line(error)}): {_AGAIN}") from None
         if member_hash(payload) != row["hash"].tobytes():
             raise UserError(f"{path}: member {member} is not what was written (cut short or changed): {_AGAIN}")
-        found = np.frombuffer(payload, dtype=self.dtype)
-        with self._lock:
-            self._cache[member] = found
-            if len(self._cache) > _CACHED_MEMBERS:
-                self._cache.popitem(last=False)
-        return found
+        return np.frombuffer(payload, dtype=self.dtype)
 
     def _check_shards(self) -> None:
         """Presence and size of every local shard; remote ones are found out when read, a request each is too dear."""

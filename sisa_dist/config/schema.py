@@ -165,6 +165,7 @@ class StartConfig(Section):
 
     resume: str | None = None  # everything: weights, moments, step and place in the data, of another run or checkpoint
     weights: str | None = None  # the weights alone: step 0, the data from its beginning, an optimizer without memory
+    data: Literal["same", "continue"] = "same"  # continue: a checkpoint of another data order ends a stage of the run
 
     @_model_validator(mode="after")
     def _consistent(self) -> StartConfig:
@@ -210,6 +211,9 @@ class RunConfig(Section):
 
     @property
     def data_folder(self) -> Path:
+        """Of the one source; of a mixture the first one's, whose tokenizer is that of all."""
+        if self.data.mixture is not None:
+            return Path(next(iter(self.data.mixture.values())).folder)
         return Path(self.data.folder) if self.data.folder else Path(self.output_dir) / "data"
 
     @_model_validator(mode="after")

@@ -5,7 +5,8 @@ The model and its tokenizer are the checkpoint's. Prepared data is needed for pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from data_pipeline.index import Index
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint import find_checkpoint, load_weights, read_state, run_folder_of
 from sisa_dist.config import RunConfig, UserError, load_config
-from sisa_dist.engine import build_engine
+from sisa_dist.engine import Engine, build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
+from sisa_dist.evaluation.perplexity import exp, perplexity
 from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.parallel.plan import check_tp
-from sisa_dist.training.run_data import held_out_batches
+from sisa_dist.training.run_data import ONLY, held_out_batches
 
 
 def evaluate_checkpoint(
@@ -37,9 +39,7 @@ def evaluate_checkpoint(
     config = load_config(checkpoint / "config.yaml", overrides)
     check_tp(config.model, config.parallel.tp)
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.model")
-    # The run may have been moved since, or this may be another folder than it was trained from.
-    data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
-    held_out = _open_held_out(data, tokenizer, checkpoint)
+    held_out = _open_all(config, tokenizer, checkpoint)
     asked = config.evaluation
     if isinstance(held_out, str) and asked.lambada is None and not asked.niah:
         raise UserError(f"nothing to evaluate: {held_out}, and neither evaluation.lambada nor evaluation.niah is set")
@@ -51,15 +51,52 @@ def evaluate_checkpoint(
     quiet = quiet or not mesh.is_main
     if isinstance(held_out, str):
         results |= evaluate(config, engine, tokenizer, None, quiet=quiet) | {"skipped": {"perplexity": held_out}}
-    else:
-        train, validation = held_out
+    elif config.data.mixture is None:
+        ((train, validation),) = held_out.values()
         windows = asked.perplexity_windows
         batches = held_out_batches(config, validation, engine, batch_size=asked.batch_size, max_windows=windows)
         results |= evaluate(config, engine, tokenizer, batches, quiet=quiet)
         results["perplexity"]["unigram_perplexity"] = _baseline(config, train, validation)
+    else:
+        results |= evaluate(config, engine, tokenizer, None, quiet=quiet)
+        results["perplexity"] = _of_sources(config, held_out, engine, tokenizer, quiet=quiet)
     if mesh.is_main:
         write_results(path, results)
     return results, path
+
+
+def _of_sources(
+    config: RunConfig, held_out: Mapping[str, tuple[Index, Index]], engine: Engine, tokenizer: Tokenizer, *, quiet: bool
+) -> dict[str, Any]:
+    """Loss and perplexity of a mixture, by its shares, and all that is known of each source under `sources`."""
+    shares, found = config.data.shares or {}, {}
+    asked = config.evaluation
+    for name, (train, validation) in held_out.items():
+        batches = held_out_batches(
+            config, validation, engine, batch_size=asked.batch_size, max_windows=asked.perplexity_windows
+        )
+        found[name] = asdict(perplexity(engine, batches, tokenizer=tokenizer, quiet=quiet))
+        found[name]["unigram_perplexity"] = _baseline(config, train, validation)
+    loss = sum(shares[name] * found[name]["loss"] for name in found) / sum(shares[name] for name in found)
+    return {"loss": loss, "perplexity": exp(loss), "sources": found}
+
+
+def _open_all(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -> dict[str, tuple[Index, Index]] | str:
+    """(train, validation) of each source that is read and has held-out text, or why there is none."""
+    if config.data.mixture is None:
+        # The run may have been moved since, or this may be another folder than it was trained from.
+        data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
+        held_out = _open_held_out(data, tokenizer, checkpoint)
+        return held_out if isinstance(held_out, str) else {ONLY: held_out}
+    found, missing = {}, []
+    for name, share in (config.data.shares or {}).items():
+        if share:
+            opened = _open_held_out(Path(config.data.mixture[name].folder), tokenizer, checkpoint)
+            if isinstance(opened, str):
+                missing.append(opened)
+            else:
+                found[name] = opened
+    return found or "; ".join(missing)
 
 
 def _open_held_out(folder: Path, tokenizer: Tokenizer, checkpoint: Path) -> tuple[Index, Index] | str:

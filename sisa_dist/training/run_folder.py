@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ _FREE = (
     "data.folder",
     "data.input",
     "data.prefetch",
+    "data.read_threads",
     "training.micro_batch_size",
     "training.eval_every",
     "training.eval_windows",
@@ -46,6 +48,8 @@ _FREE = (
     "evaluation",
     "logging",
 )
+
+_FREE_SOURCE = re.compile(r"data\.mixture\.[^.]*\.(folder|max_epochs)")
 
 
 @contextmanager
@@ -88,7 +92,8 @@ def open_run_folder(
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
     for key in sorted(old.keys() | new.keys()):
         dotted = prefix + key
-        if dotted in _FREE or old.get(key) == new.get(key):
+        free = dotted in _FREE or _FREE_SOURCE.fullmatch(dotted)
+        if free or old.get(key) == new.get(key):
             continue
         if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
             inner = _first_difference(old[key], new[key], dotted + ".")
