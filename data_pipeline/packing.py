@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from data_pipeline.bin_counts import kept_counts
 from data_pipeline.index import Index
 from data_pipeline.lines import Line, Run
 from data_pipeline.order import Int64, stored_order
@@ -35,6 +36,10 @@ class Pieces(Protocol):
         ...
 
     def part(self, group: int, piece: int, start: int, stop: int, *, tail: bool) -> Run: ...
+
+    def counts(self, seq_len: int, count: Callable[[], Int64]) -> Int64:
+        """Bins and slots of each group, [2, groups]: `count()`, or what is known of it already."""
+        ...
 
 
 def group_tokens(seq_len: int) -> int:
@@ -58,6 +63,10 @@ class Documents:
     def part(self, group: int, piece: int, start: int, stop: int, *, tail: bool) -> Run:
         begin = int(self._of(group)[piece])
         return Run(tuple(self._order.locate(begin + start, begin + stop + tail)), stop - start)
+
+    def counts(self, seq_len: int, count: Callable[[], Int64]) -> Int64:
+        name = f"best_fit_{seq_len}_{self._members}_v{PACKING_VERSION}"
+        return kept_counts(self._index, name, self.groups, count)
 
     def _find(self, group: int) -> Int64:
         """Places in the stored stream where the group's documents begin, and where the last of them ends."""
@@ -94,6 +103,9 @@ class Rest:
     def part(self, group: int, piece: int, start: int, stop: int, *, tail: bool) -> Run:
         return self._of(group)[piece].part(start, stop, tail=tail)
 
+    def counts(self, seq_len: int, count: Callable[[], Int64]) -> Int64:
+        return count()
+
     def _find(self, group: int) -> list[Run]:
         found = []
         start = group * self._slots
@@ -123,16 +135,19 @@ class Bins:
         """`plans`: groups kept planned; about one a lane is in use at a time."""
         self.pieces, self.seq_len, self.plans = pieces, seq_len, plans
         self.plan = lru_cache(maxsize=plans)(self._plan)
-        self.counts, self.slots = np.empty((2, pieces.groups), np.int64)
-        for group in range(pieces.groups):
-            _, start, stop, _ = self._chunks(group)
-            self.counts[group] = best_fit(stop - start, seq_len)[1]
-            self.slots[group] = (stop - start).sum()
+        self.counts, self.slots = pieces.counts(seq_len, self._count)
 
     @property
     def padding(self) -> float:
         """The share of an epoch's slots that hold no token."""
         return 1 - int(self.slots.sum()) / max(1, int(self.counts.sum()) * self.seq_len)
+
+    def _count(self) -> Int64:
+        found = np.empty((2, self.pieces.groups), np.int64)
+        for group in range(self.pieces.groups):
+            _, start, stop, _ = self._chunks(group)
+            found[:, group] = best_fit(stop - start, self.seq_len)[1], (stop - start).sum()
+        return found
 
     def _chunks(self, group: int) -> tuple[Int64, Int64, Int64, np.ndarray]:
         """(piece, start, stop, tail) of each chunk, in stored order: one a piece that is no longer than a bin.

@@ -48,8 +48,9 @@ class Source:
         self._seed, self._seq_len, self._lanes, self._packing = seed, seq_len, lanes, packing
         self._first_epoch: int = begun["epoch"] if begun else 0
         self._rest: dict[str, Any] | None = begun["rest"] if begun else None
-        if packing == "best_fit":
-            index.cache_bytes = max(index.cache_bytes, 2 * lanes * group_tokens(seq_len) * index.dtype.itemsize)
+        # A lane reads one member or group of them, and at its end the next: what is in use stays, whatever its size.
+        held = group_tokens(seq_len) if packing == "best_fit" else int(index.tokens.max())
+        index.cache_bytes = max(index.cache_bytes, 2 * lanes * held * index.dtype.itemsize)
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     @cached_property

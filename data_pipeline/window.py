@@ -46,7 +46,7 @@ def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mas
     """
     tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
     labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    doc_ids = np.zeros(seq_len, dtype=np.int64)
+    doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
     position, document = 0, -1
     for number, run in enumerate(runs):
         ids = np.concatenate([index.read_member(member)[start:stop] for member, start, stop in run.ranges])

@@ -49,7 +49,7 @@ class DataConfig(Section):
     folder: str | None = None  # where the shards are; None: data/ in the run folder
     mixture: dict[str, SourceConfig] | None = None  # several prepared folders by name; None: one, data.folder
     tokenizer: TokenizerConfig = TokenizerConfig()
-    member_tokens: PositiveInt = 16_384  # tokens of one tar member
+    member_tokens: PositiveInt = 16_384  # tokens of one tar member; training.seq_len or more: a window is one read
     shard_members: PositiveInt = 256  # members of one tar
     validation_fraction: float = Field(default=0.01, ge=0.0, lt=1.0)  # of the documents, chosen by hash of their text
     lanes: PositiveInt = 8  # reading locality only: contiguous stretches of the epoch read side by side

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import packing
+from data_pipeline import bin_counts, packing
 from data_pipeline.index import Index
 from data_pipeline.loader import IGNORE, Loader
 from data_pipeline.packing import Bins, Documents, best_fit
@@ -117,3 +117,32 @@ def test_one_document_longer_than_a_group_of_members(tmp_path: Path) -> None:
         lengths = [documents.lengths(group)[0].tolist() for group in range(documents.groups)]
     assert [found for found in lengths if found] == [[5, 96], [1, 4]]
     assert len(lengths) == 8 and lengths[0] == [5, 96]
+
+
+def test_what_was_planned_is_kept_and_damage_is_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = write_split(tmp_path / "train", random_documents(1, 300), member_tokens=16)
+    monkeypatch.setattr(packing, "_GROUP_TOKENS", 40)
+    monkeypatch.setattr(packing, "_GROUP_BINS", 1)
+    made: list[int] = []
+    true = packing.best_fit
+    monkeypatch.setattr(packing, "best_fit", lambda lengths, size: made.append(size) or true(lengths, size))
+
+    def plan(seq_len: int) -> tuple[list[int], bool]:
+        """(bins of each group, whether they were planned now)."""
+        made.clear()
+        bins = Bins(Documents(Index.load(index.folder), seq_len), seq_len)
+        return [*bins.counts.tolist(), *bins.slots.tolist()], bool(made)
+
+    small = plan(20)
+    assert plan(20) == small == (small[0], True), "not worth a file"
+    monkeypatch.setattr(bin_counts, "_WORTH_KEEPING", 1)
+    assert plan(20) == small and plan(20) == (small[0], False)
+    assert plan(30)[1] and not plan(30)[1] and plan(20) == (small[0], False)
+    (kept,) = Path(index.folder).glob("best_fit_20_*.counts")
+    content = bytearray(kept.read_bytes())
+    content[40] ^= 1
+    kept.write_bytes(content)
+    assert plan(20) == small and plan(20) == (small[0], False)
+    kept.write_bytes(content[:-8])
+    assert plan(20) == small
+    assert not list(Path(index.folder).glob("*.tmp"))
