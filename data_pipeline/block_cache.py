@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sisa_dist.config import UserError
@@ -152,10 +152,6 @@ class BlockCache:
         )
 
 
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
+def _gone_is_fine() -> suppress:
     """Another process may remove a block or a lock at any time."""
-    try:
-        yield
-    except FileNotFoundError:
-        pass
+    return suppress(FileNotFoundError)

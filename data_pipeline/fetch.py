@@ -60,7 +60,7 @@ class Traffic:
 
 
 class Gone(UserError):
-    """There is no such file, as far as its server says."""
+    """There is no such file, as far as its server says (S3 refuses what is missing where listing is not allowed)."""
 
 
 class Fetcher:
@@ -85,8 +85,8 @@ class Fetcher:
                 self.traffic.add(requests=1)
                 payload = _read_once(url, start, stop, limit)
             except Exception as error:
-                if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 410:
-                    raise Gone(f"{url}: cannot be read (there is no such file): put it there, or mend the URL") from None
+                if gone := _gone(error):
+                    raise Gone(f"{url}: cannot be read ({gone}): put it there, or mend the URL") from None
                 if reason := _permanent(error, url):
                     raise UserError(f"{url}: cannot be read ({reason})") from None
                 last = error
@@ -125,14 +125,21 @@ def _options(protocol: str) -> dict[str, Any]:
     return {}
 
 
+def _gone(error: Exception) -> str | None:
+    status = getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError) or status == 410:
+        return "there is no such file"
+    if isinstance(error, PermissionError) or status == 403:
+        return "no such file, or no right to read it"
+    return None
+
+
 def _permanent(error: Exception, url: str) -> str | None:
     """Why another try is in vain; None where it is not."""
     protocol = url.partition("://")[0]
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(protocol)
         return f"{_line(error)}: pip install 'sisa-dist[{extra}]'" if extra else _line(error)
-    if isinstance(error, PermissionError):
-        return f"refused, or no such file in a bucket that may not be listed: {_line(error)}"
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN:
         return f"status {status}: {_line(error)}"

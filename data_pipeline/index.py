@@ -175,7 +175,7 @@ class Index:
         found = np.frombuffer(payload, dtype=self.dtype)
         if len(found) and found.max() >= self.vocab_size:
             raise UserError(
-                f"{block.url}: {block.name} holds the id {found.max()}, and the vocabulary has {self.vocab_size}: {AGAIN}"
+                f"{block.url}: {block.name} holds the id {found.max()} of a vocabulary of {self.vocab_size}: {AGAIN}"
             )
         return found
 

@@ -33,6 +33,12 @@ MEMBER_DTYPE = np.dtype(
     ]
 )
 AGAIN = "restore it or run `sisa prepare --force`"
+
+
+class NoIndex(UserError):
+    """The folder holds no index at all."""
+
+
 _FILES = ("members.npy", "token_counts.npy")  # small enough to be hashed whole whenever they are loaded
 _CHUNK = 1 << 16  # rows of segments.npy under one hash, 256 KB: hashed when first touched
 
@@ -64,7 +70,13 @@ def load_files(folder: Place, fetcher: Fetcher) -> tuple[dict[str, Any], dict[st
     """index.json, the arrays in `folder` by file name, and the document lengths. Raises UserError, see Index.load."""
     path = join(folder, "index.json")
     try:
-        raw = _header(path, read_file(path, fetcher))
+        content = read_file(path, fetcher)
+    except (FileNotFoundError, NotADirectoryError, Gone) as error:
+        raise NoIndex(f"{folder}: no index here ({_line(error)}): run `sisa prepare` first") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_line(error)}): {AGAIN}") from None
+    try:
+        raw = _header(path, content)
         arrays = {}
         for name in _FILES:
             content = read_file(join(folder, name), fetcher)
@@ -74,10 +86,10 @@ def load_files(folder: Place, fetcher: Fetcher) -> tuple[dict[str, Any], dict[st
         members = arrays["members.npy"]
         rows = int(members["segments_end"][-1]) if len(members) else 0
         segments = Segments(_load_segments(join(folder, "segments.npy"), rows, fetcher), raw, folder)
-    except (FileNotFoundError, Gone) as error:
-        raise UserError(f"{folder}: no index here ({_line(error)}): run `sisa prepare` first") from None
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be read ({_line(error)}): {AGAIN}") from None
+        raise UserError(
+            f"{error.filename or path}: cannot be read ({error.strerror or _line(error)}): {AGAIN}"
+        ) from None
     return raw, arrays, segments
 
 

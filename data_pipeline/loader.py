@@ -102,13 +102,33 @@ class Loader:
 
     def steps(self, cursor: int) -> ReadAhead[StepBatch]:
         """Steps from `cursor` on, without end; use it in a `with`, so that the reading threads stop."""
-        return ReadAhead(
-            lambda number: self._step(cursor + number * self._global), ahead=self._prefetch, threads=self._threads
-        )
+        return ReadAhead(lambda number: self._make(cursor, number), ahead=self._prefetch, threads=self._threads)
 
     def window_ids(self, cursor: int) -> list[Place]:
         """Every slot of the global batch at `cursor`."""
         return [self.stage.place(window) for window in range(cursor, cursor + self._global)]
+
+    def traffic(self) -> dict[str, int] | None:
+        """What this process asked of servers and disk cache so far, over its sources; None where all is local."""
+        counts = [index.remote.fetcher.traffic.as_dict() for index in self._indexes.values() if index.remote]
+        return {name: sum(count[name] for count in counts) for name in counts[0]} if counts else None
+
+    def _make(self, cursor: int, number: int) -> StepBatch:
+        """Step `number` after `cursor`; what lies far away is asked for before, as far ahead as steps are made."""
+        if any(index.remote for index in self._indexes.values()):
+            for ahead in range(number + self._prefetch if number else 0, number + self._prefetch + 1):
+                self._ask(cursor + ahead * self._global)
+        return self._step(cursor + number * self._global)
+
+    def _ask(self, cursor: int) -> None:
+        places = self.window_ids(cursor)
+        wanted: dict[str, dict[int, None]] = {}
+        for slot in range(self._dp_rank, self._global, self._dp_size):
+            members = wanted.setdefault(places[slot].source, {})
+            for run in self.stage.sources[places[slot].source].runs(places[slot]):
+                members |= dict.fromkeys(range_.member for range_ in run.ranges)
+        for name, members in wanted.items():
+            self._indexes[name].ask(members)
 
     def _step(self, cursor: int) -> StepBatch:
         stage, places = self.stage, self.window_ids(cursor)
@@ -142,6 +162,9 @@ def validation_batches(
     numbering = Concat(Stream(stored_order(index.tokens)), seq_len)
     windows = numbering.count if max_windows is None else min(numbering.count, max_windows)
     for first in range(0, windows, batch_size * dp_size):
+        if index.remote:  # this batch's members, all at once, and the next one's
+            mine = range(first + dp_rank, min(windows, first + 2 * batch_size * dp_size), dp_size)
+            index.ask(dict.fromkeys(r.member for w in mine for run in numbering.window(w) for r in run.ranges))
         rows = []
         for row in range(batch_size):
             window = first + row * dp_size + dp_rank

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_LEAVE = 2.0  # seconds a thread is waited for at the end: one that waits for a dead server is left behind
 
 
 class ReadAhead(Generic[T]):
@@ -39,7 +40,7 @@ class ReadAhead(Generic[T]):
             self._stop = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(_LEAVE)
 
     def __iter__(self) -> ReadAhead[T]:
         return self

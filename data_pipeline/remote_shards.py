@@ -59,7 +59,8 @@ class RemoteShards:
         with self._lock:
             for block in blocks:
                 if block.key not in self._asked:
-                    self._asked[block.key] = future = Future()
+                    future: Future[bytes | None] = Future()
+                    self._asked[block.key] = future
                     self._jobs.put((block, future))
             # Daemons: a run that ends, by an error too, does not wait for a server that does not answer.
             while self._asked and len(self._threads) < self._connections:
@@ -71,7 +72,7 @@ class RemoteShards:
         with self._lock:
             asked = self._asked.pop(block.key, None)
         found = asked.result() if asked is not None else None
-        return self._kept(block) if found is None else found
+        return self._kept(block, asked=asked is not None) if found is None else found
 
     def _work(self) -> None:
         while True:
@@ -83,13 +84,13 @@ class RemoteShards:
             else:
                 future.set_result(payload if self._cache is None else None)  # else it lies on disk, and memory is dear
 
-    def _kept(self, block: Block) -> bytes:
+    def _kept(self, block: Block, *, asked: bool = False) -> bytes:
         """From the disk cache, or fetched and put there, once for all processes of the host."""
         if self._cache is None:
             return self._fetch(block)
         found = self._cache.get(block.key)
         if found is not None:
-            self.fetcher.traffic.add(cache_hits=1)
+            self.fetcher.traffic.add(cache_hits=not asked)  # what was asked for is counted once
             return found
         with self._cache.alone(block.key if self._ranges else self._hash(block.url.encode())):
             found = self._cache.get(block.key)
@@ -127,7 +128,9 @@ class RemoteShards:
             )
         if self._ranges:
             self._ranges = False
-            log.warning("%s: its server sends whole files and no ranges: each shard is fetched once and kept", block.url)
+            log.warning(
+                "%s: its server sends whole files and no ranges: each shard is fetched once and kept", block.url
+            )
         for other in self._beside(block.url):
             payload = content[other.start : other.stop]
             if self._hash(payload) == other.key:

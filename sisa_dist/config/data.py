@@ -31,7 +31,7 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One source of a mixture: its share is its weight, or its tokens, over the sum of all."""
 
-    folder: str  # prepared by `sisa prepare` with a config of its own
+    folder: str  # prepared by `sisa prepare` with a config of its own; also http(s):// or s3://
     weight: NonNegativeFloat | None = None  # 0: known, but not read
     tokens: PositiveInt | None = None  # the most this stage of the run may read of it
     max_epochs: PositiveFloat | None = None  # a run that would read it more often is refused at its start
@@ -46,7 +46,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     input: str | list[str] = "python-stdlib"  # files, folders or globs; python-stdlib: the sources of Python itself
     text_key: str = "text"
-    folder: str | None = None  # where the shards are; None: data/ in the run folder
+    folder: str | None = None  # where the shards are, also http(s):// or s3://; None: data/ in the run folder
     mixture: dict[str, SourceConfig] | None = None  # several prepared folders by name; None: one, data.folder
     tokenizer: TokenizerConfig = TokenizerConfig()
     member_tokens: PositiveInt = 16_384  # tokens of one tar member; training.seq_len or more: a window is one read
@@ -58,12 +58,24 @@ class DataConfig(Section):
     prefetch: NonNegativeInt = 4  # batches read ahead
     read_threads: PositiveInt = 2  # that read them, at most one a batch
 
+    cache_folder: str | None = None  # for shards at URLs, shared by the processes of a host; None: nothing is kept
+    cache_gb: PositiveFloat = 20.0  # most that cache_folder may hold, in 10⁹ bytes
+    retries: NonNegativeInt = 5  # of a request that fails in a way that may pass, with growing pauses
+    timeout: PositiveFloat = 60.0  # seconds a request may take
+    connections: PositiveInt = 8  # requests of one process at a time
+
     @property
     def shares(self) -> dict[str, float] | None:
         """Of each source of the mixture, as given: not normalised."""
         if self.mixture is None:
             return None
         return {name: float(source.tokens or source.weight or 0) for name, source in self.mixture.items()}
+
+    @_model_validator(mode="after")
+    def _cache_consistent(self) -> DataConfig:
+        if self.cache_folder is None and self.cache_gb != type(self).model_fields["cache_gb"].default:
+            raise ValueError("cache_gb has no effect without cache_folder: name one, or remove cache_gb")
+        return self
 
     @_model_validator(mode="after")
     def _mixture_consistent(self) -> DataConfig:

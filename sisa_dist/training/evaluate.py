@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.baseline import unigram_perplexity
+from data_pipeline.fetch import RemoteSettings
 from data_pipeline.index import Index
+from data_pipeline.places import Place, data_place
+from data_pipeline.prepared import open_split, remote_settings
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint import find_checkpoint, load_weights, read_state, run_folder_of
 from sisa_dist.config import RunConfig, UserError, load_config
@@ -85,13 +88,15 @@ def _open_all(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -> dict
     """(train, validation) of each source that is read and has held-out text, or why there is none."""
     if config.data.mixture is None:
         # The run may have been moved since, or this may be another folder than it was trained from.
-        data = Path(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
-        held_out = _open_held_out(data, tokenizer, checkpoint)
+        data = data_place(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
+        held_out = _open_held_out(data, tokenizer, checkpoint, remote_settings(config.data))
         return held_out if isinstance(held_out, str) else {ONLY: held_out}
     found, missing = {}, []
     for name, share in (config.data.shares or {}).items():
         if share:
-            opened = _open_held_out(Path(config.data.mixture[name].folder), tokenizer, checkpoint)
+            opened = _open_held_out(
+                data_place(config.data.mixture[name].folder), tokenizer, checkpoint, remote_settings(config.data)
+            )
             if isinstance(opened, str):
                 missing.append(opened)
             else:
@@ -99,12 +104,14 @@ def _open_all(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -> dict
     return found or "; ".join(missing)
 
 
-def _open_held_out(folder: Path, tokenizer: Tokenizer, checkpoint: Path) -> tuple[Index, Index] | str:
+def _open_held_out(
+    folder: Place, tokenizer: Tokenizer, checkpoint: Path, remote: RemoteSettings
+) -> tuple[Index, Index] | str:
     """(train, validation), or why there is no held-out text."""
-    if not (folder / "train" / "index.json").is_file():
+    train = open_split(folder, "train", remote=remote)
+    if train is None:
         return f"no prepared data in {folder} (set data.folder to where it is)"
-    train = Index.load(folder / "train")
-    validation = Index.load(folder / "validation") if (folder / "validation" / "index.json").is_file() else None
+    validation = open_split(folder, "validation", remote=remote)
     if any(split.tokenizer_sha256 != tokenizer.sha256 for split in (train, validation) if split is not None):
         raise UserError(
             f"{folder}: made with another tokenizer than {checkpoint} was trained with: set data.folder to data "

@@ -54,7 +54,7 @@ def diagnose_layout(config: RunConfig) -> bool:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    tokenizer = config.data_folder / "tokenizer.model"
+    tokenizer = Path(config.data_place) / "tokenizer.model"  # of a URL, the same for all: not looked at
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and config.device != "cpu" else "cpu",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, Loader, validation_batches
-from data_pipeline.manifest import check_settings, read_manifest
+from data_pipeline.manifest import check_settings
+from data_pipeline.places import data_place
+from data_pipeline.prepared import open_split, remote_settings, small_files
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.evaluation.scorer import Scorer
@@ -32,32 +33,38 @@ class RunData:
 
 def open_data(config: RunConfig) -> RunData:
     """Raises UserError where the data is not prepared, or otherwise than the config says, or does not fit the model."""
-    mixture = config.data.mixture
-    folders = {ONLY: config.data_folder} if mixture is None else {n: Path(s.folder) for n, s in mixture.items()}
-    if mixture is None:
-        check_settings(config.data_folder, config)
+    mixture, remote = config.data.mixture, remote_settings(config.data)
+    places = {ONLY: config.data_place} if mixture is None else {n: data_place(s.folder) for n, s in mixture.items()}
+    with small_files(config.data_place, remote=remote) as local:
+        if mixture is None:
+            check_settings(local, config)
+        tokenizer = Tokenizer.load(local / "tokenizer.model")
     sources, validation = {}, {}
-    for name, folder in folders.items():
-        if read_manifest(folder) is None:
-            raise UserError(f"data.mixture.{name}: {folder}: no prepared data here: run `sisa prepare` for it first")
-        sources[name] = Index.load(folder / "train")
-        if (folder / "validation" / "index.json").is_file() and (mixture is None or (config.data.shares or {})[name]):
-            validation[name] = Index.load(folder / "validation")
-    tokenizer = Tokenizer.load(config.data_folder / "tokenizer.model")
+    for name, place in places.items():
+        train = open_split(place, "train", remote=remote)
+        if train is None:
+            key = "data.folder" if mixture is None else f"data.mixture.{name}"
+            raise UserError(f"{key}: {place}: no prepared data here: run `sisa prepare` for it first")
+        sources[name] = train
+        held_out = None
+        if mixture is None or (config.data.shares or {})[name]:
+            held_out = open_split(place, "validation", remote=remote)
+        if held_out is not None:
+            validation[name] = held_out
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} in "
-            f"{config.data_folder}: set model.vocab_size to {tokenizer.vocab_size}"
+            f"{config.data_place}: set model.vocab_size to {tokenizer.vocab_size}"
         )
     differ = [name for name, index in sources.items() if index.tokenizer_sha256 != tokenizer.sha256]
     if differ and mixture is None:
         raise UserError(
-            f"{config.data_folder}: the shards were made with another tokenizer.model: run `sisa prepare --force`"
+            f"{config.data_place}: the shards were made with another tokenizer.model: run `sisa prepare --force`"
         )
     if differ:
         raise UserError(
-            f"data.mixture: {', '.join(differ)}: made with another tokenizer than {config.data_folder}: prepare with "
-            f"data.tokenizer.path={config.data_folder / 'tokenizer.model'}, or leave out"
+            f"data.mixture: {', '.join(differ)}: made with another tokenizer than {config.data_place}: prepare with "
+            f"data.tokenizer.path={config.data_place}/tokenizer.model, or leave out"
         )
     return RunData(sources, validation, tokenizer)
 
