@@ -1,63 +1,39 @@
-"""The index of a split: what is where in its shards, and reading members by range from a local file or any fsspec URL.
+"""The index of a split as everyone sees it: what is where in its shards, and reading members, from files or URLs.
 
-Beside the tars: index.json (a few lines and the shards' names), members.npy (a row a member), segments.npy (uint32, the
-document lengths, memory-mapped where local) and token_counts.npy. It says nothing of order: see order.py.
+How it lies on disk is in index_files.py, how URLs are read in remote_shards.py, in which order in order.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.fetch import Fetcher, RemoteSettings
+from data_pipeline.index_files import (
+    AGAIN,
+    FORMAT_VERSION,
+    MEMBER_DTYPE,
+    Segments,
+    load_files,
+    member_hash,
+    write_index,
+)
+from data_pipeline.places import Place, is_url, join
+from data_pipeline.remote_shards import Block, RemoteShards
 from sisa_dist.config import UserError
 
-FORMAT_VERSION = 2
-# `offset` is of the first id inside the shard; `segments_end` counts rows of segments.npy up to and with this member.
-MEMBER_DTYPE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("tokens", "<u4"),
-        ("offset", "<u8"),
-        ("segments_end", "<u8"),
-        ("continued", "u1"),
-        ("hash", "V16"),
-    ]
-)
-_FILES = ("members.npy", "token_counts.npy")  # small enough to be hashed whole whenever they are loaded
-_CACHED_MEMBERS = 64  # 2 MB at 16 384 ids of uint16; about one a lane is in use at a time
-_AGAIN = "restore it or run `sisa prepare --force`"
+_CACHE_BYTES = 64 << 20  # of ids; about two members a lane are in use at a time, of 2 MB at 1 048 576 ids of uint16
 
-
-def member_hash(payload: bytes) -> bytes:
-    """What the index stores of a member's content: 16 bytes of blake2b over its ids as they lie in the shard."""
-    return hashlib.blake2b(payload, digest_size=16).digest()
-
-
-def write_index(
-    folder: Path,
-    *,
-    header: dict[str, Any],
-    members: NDArray[Any],
-    segments: NDArray[np.uint32],
-    token_counts: NDArray[np.int64],
-) -> None:
-    """header: dtype, vocab_size, eos_id, tokenizer_sha256, documents, shards; see Index."""
-    np.save(folder / "members.npy", members)
-    np.save(folder / "segments.npy", segments)
-    np.save(folder / "token_counts.npy", token_counts)
-    hashes = {name: member_hash((folder / name).read_bytes()).hex() for name in _FILES}
-    text = json.dumps({"format": FORMAT_VERSION} | header | {"hashes": hashes}, indent=1)
-    (folder / "index.json").write_text(text, encoding="utf-8")
+__all__ = ["FORMAT_VERSION", "MEMBER_DTYPE", "Index", "member_hash", "write_index"]
 
 
 @dataclass
@@ -73,45 +49,45 @@ class Index:
     shards: list[dict[str, Any]]  # name, bytes
     members: NDArray[Any]  # MEMBER_DTYPE [members]
     token_counts: NDArray[np.int64]  # [vocab_size], over the whole split
-    _segments: NDArray[np.uint32]
+    _segments: Segments
+    remote: RemoteShards | None = None  # None: every shard is a local file
+    cache_bytes: int = _CACHE_BYTES
     _cache: OrderedDict[int, NDArray[Any]] = field(default_factory=OrderedDict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own thread
+    _cached: int = 0  # bytes
+    _reading: dict[int, threading.Lock] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own threads
 
     @classmethod
-    def load(cls, folder: str | Path) -> Index:
-        """The index in `folder`, a path or URL. Raises UserError where it or a local shard is absent or damaged."""
-        path = f"{folder}/index.json"
-        try:
-            raw = json.loads(_read(path))
-            if raw["format"] != FORMAT_VERSION:
-                raise UserError(
-                    f"{path}: format {raw['format']}, this version reads {FORMAT_VERSION}: run `sisa prepare --force`"
-                )
-            arrays = {}
-            for name in _FILES:
-                content = _read(f"{folder}/{name}")
-                if member_hash(content).hex() != raw["hashes"][name]:
-                    raise UserError(f"{folder}/{name}: not what was written, it is damaged: {_AGAIN}")
-                arrays[name] = np.load(io.BytesIO(content))
-            names = ("vocab_size", "eos_id", "tokenizer_sha256", "documents", "shards")
-            index = cls(
-                folder=str(folder),
-                dtype=np.dtype(raw["dtype"]),
-                **{name: raw[name] for name in names},
-                members=arrays["members.npy"],
-                token_counts=arrays["token_counts.npy"],
-                _segments=_load_segments(f"{folder}/segments.npy"),
-            )
-        except FileNotFoundError as error:
-            raise UserError(f"{folder}: no index here ({error}): run `sisa prepare` first") from None
-        except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: cannot be read ({_line(error)}): {_AGAIN}") from None
-        if len(index.members) and len(index._segments) != index.members["segments_end"][-1]:
-            raise UserError(f"{folder}/segments.npy: another length than the index says, it is damaged: {_AGAIN}")
+    def load(cls, folder: Place, *, remote: RemoteSettings | None = None) -> Index:
+        """The index in `folder`, a path or URL. `remote`: how URLs are read.
+
+        Raises UserError where it or a local shard is absent or damaged.
+        """
+        fetcher = Fetcher(remote or RemoteSettings())
+        raw, arrays, segments = load_files(folder, fetcher)
+        names = ("vocab_size", "eos_id", "tokenizer_sha256", "documents", "shards")
+        index = cls(
+            folder=str(folder),
+            dtype=np.dtype(raw["dtype"]),
+            **{name: raw[name] for name in names},
+            members=arrays["members.npy"],
+            token_counts=arrays["token_counts.npy"],
+            _segments=segments,
+        )
         index._check_shards()
+        if any(is_url(path) for path in index.shard_paths):
+            index.remote = RemoteShards(
+                fetcher,
+                hash=lambda payload: member_hash(payload).hex(),
+                beside=index._blocks_of,
+                total_bytes=sum(shard["bytes"] for shard in index.shards),
+            )
         return index
+
+    @cached_property
+    def shard_paths(self) -> list[str]:
+        """Where each shard is: a file or URL."""
+        return [join(self.folder, shard["name"]) for shard in self.shards]
 
     @property
     def tokens(self) -> NDArray[np.int64]:
@@ -142,56 +118,82 @@ class Index:
     def segments(self, member: int) -> NDArray[np.int64]:
         """Tokens of each document part in the member, in order; they sum to its tokens."""
         start = int(self.members["segments_end"][member - 1]) if member else 0
-        found = self._segments[start : int(self.members["segments_end"][member])].astype(np.int64)
+        found = self._segments.rows(start, int(self.members["segments_end"][member]))
         if found.sum() != self.members["tokens"][member]:
-            raise UserError(f"{self.folder}/segments.npy: wrong at member {member}, it is damaged: {_AGAIN}")
+            raise UserError(f"{self.folder}/segments.npy: wrong at member {member}, it is damaged: {AGAIN}")
         return found
 
+    def ask(self, members: Iterable[int]) -> None:
+        """Has the members that lie at URLs fetched in the background, in this order, for `read_member` to find."""
+        if self.remote is not None:
+            with self._lock:
+                missing = [member for member in members if member not in self._cache]
+            self.remote.ask([block for member in missing if is_url((block := self._block(member)).url)])
+
     def read_member(self, member: int) -> NDArray[Any]:
-        """The ids of one member, checked against its hash. Raises UserError where they are not what was written."""
+        """The ids of one member, checked against its hash. Raises UserError where they are not what was written.
+
+        Threads that want the same member read it once.
+        """
         with self._lock:
             if member in self._cache:
                 self._cache.move_to_end(member)
                 return self._cache[member]
-        row = self.members[member]
-        path = f"{self.folder}/{self.shards[int(row['shard'])]['name']}"
-        start = int(row["offset"])
-        try:
-            payload = _read(path, start, start + int(row["tokens"]) * self.dtype.itemsize)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({_line(error)}): {_AGAIN}") from None
-        if member_hash(payload) != row["hash"].tobytes():
-            raise UserError(f"{path}: member {member} is not what was written (cut short or changed): {_AGAIN}")
+            mine = self._reading.setdefault(member, threading.Lock())
+        with mine:
+            with self._lock:
+                if member in self._cache:  # another thread was at it
+                    return self._cache[member]
+            try:
+                found = self._read_member(member)
+                with self._lock:
+                    self._cache[member] = found
+                    self._cached += found.nbytes
+                    while self._cached > self.cache_bytes and len(self._cache) > 1:
+                        self._cached -= self._cache.popitem(last=False)[1].nbytes
+            finally:
+                with self._lock:
+                    self._reading.pop(member, None)
+            return found
+
+    def _read_member(self, member: int) -> NDArray[Any]:
+        block = self._block(member)
+        if is_url(block.url):
+            assert self.remote is not None
+            payload = self.remote.read(block)
+        else:
+            try:
+                with open(block.url, "rb", buffering=0) as file:
+                    payload = os.pread(file.fileno(), block.stop - block.start, block.start)
+            except OSError as error:
+                raise UserError(f"{block.url}: cannot be read ({error.strerror}): {AGAIN}") from None
+            if member_hash(payload).hex() != block.key:
+                raise UserError(
+                    f"{block.url}: {block.name} is not what was written (cut short or changed, perhaps replaced since "
+                    f"the index was read): {AGAIN}"
+                )
         found = np.frombuffer(payload, dtype=self.dtype)
-        with self._lock:
-            self._cache[member] = found
-            if len(self._cache) > _CACHED_MEMBERS:
-                self._cache.popitem(last=False)
+        if len(found) and found.max() >= self.vocab_size:
+            raise UserError(
+                f"{block.url}: {block.name} holds the id {found.max()} of a vocabulary of {self.vocab_size}: {AGAIN}"
+            )
         return found
+
+    def _block(self, member: int) -> Block:
+        row = self.members[member]
+        start = int(row["offset"])
+        stop = start + int(row["tokens"]) * self.dtype.itemsize
+        return Block(f"member {member}", self.shard_paths[int(row["shard"])], start, stop, row["hash"].tobytes().hex())
+
+    def _blocks_of(self, url: str) -> list[Block]:
+        return [self._block(int(m)) for m in np.flatnonzero(self.members["shard"] == self.shard_paths.index(url))]
 
     def _check_shards(self) -> None:
         """Presence and size of every local shard; remote ones are found out when read, a request each is too dear."""
-        if "://" in self.folder:
-            return
-        for shard in self.shards:
-            path = Path(self.folder) / shard["name"]
-            if not path.is_file():
-                raise UserError(f"{path}: the shard is missing: {_AGAIN}")
-            if (size := path.stat().st_size) != shard["bytes"]:
-                raise UserError(f"{path}: {size} bytes instead of {shard['bytes']}, cut short or changed: {_AGAIN}")
-
-
-def _read(path: str, start: int | None = None, stop: int | None = None) -> bytes:
-    filesystem, inner = fsspec.core.url_to_fs(path)
-    return filesystem.cat_file(inner, start=start, end=stop)
-
-
-def _load_segments(path: str) -> NDArray[np.uint32]:
-    try:
-        return np.load(io.BytesIO(_read(path))) if "://" in path else np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise UserError(f"{path}: damaged or cut short ({_line(error)}): {_AGAIN}") from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        for path, shard in zip(self.shard_paths, self.shards, strict=True):
+            if is_url(path):
+                continue
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: the shard is missing: {AGAIN}")
+            if (size := os.stat(path).st_size) != shard["bytes"]:
+                raise UserError(f"{path}: {size} bytes instead of {shard['bytes']}, cut short or changed: {AGAIN}")

@@ -83,3 +83,17 @@ def lane_entry(served: int, windows: int, lanes: int) -> int:
     size, larger = divmod(windows, lanes)
     entry, lane = divmod(served, lanes)
     return lane * size + min(lane, larger) + entry
+
+
+def unread(served: int, windows: int, lanes: int) -> list[tuple[int, int]]:
+    """The windows that `lane_entry` has not named after `served` of an epoch: at most `lanes` intervals [a, b)."""
+    size, larger = divmod(windows, lanes)
+    found: list[tuple[int, int]] = []
+    for lane in range(min(lanes, windows)):
+        first = lane * size + min(lane, larger)
+        start, stop = first + max(0, -(-(served - lane) // lanes)), first + size + (lane < larger)
+        if start < stop and found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        elif start < stop:
+            found.append((start, stop))
+    return found

@@ -65,6 +65,8 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, size
     Returns at once where they stand already; goes on where a killed one stopped. Raises UserError where the folder
     holds data of other settings (and not `force`), an input is damaged, or no document falls into the held-out split.
     """
+    if config.data.mixture is not None:
+        raise UserError("data.mixture names folders that are prepared already: prepare each by a config of its own")
     folder = config.data_folder
     console = Console(quiet=quiet, highlight=False)
     made = read_manifest(folder)

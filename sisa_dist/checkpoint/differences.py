@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint.manifest import read_manifest
+from sisa_dist.checkpoint.state import TrainState
 from sisa_dist.config import ModelConfig, UserError, load_config
 
 _log = logging.getLogger(__name__)
@@ -54,19 +57,43 @@ def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:
     )
 
 
-def check_data(checkpoint: Path, described: Mapping[str, Any]) -> None:
-    """Raises UserError where the checkpoint's place in the data counts in another order than `Loader.describe()`."""
+def read_data(checkpoint: Path) -> dict[str, Any]:
+    """What its cursor counts in: `Loader.describe()` of the run that wrote it."""
     path = checkpoint / "data.json"
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["fingerprint"] == described["fingerprint"]:
-            return
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        stored["fingerprint"].encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({error}): use another checkpoint") from None
-    raise UserError(
-        f"{checkpoint}: not the data it was trained on: {_first_value(stored, described)}: give the old data, or start "
-        f"anew from its weights (another output_dir, start.weights={checkpoint})"
-    )
+    return stored
+
+
+def check_data(checkpoint: Path, described: Mapping[str, Any]) -> None:
+    """Raises UserError where the checkpoint's place in the data counts in another order than `Loader.describe()`."""
+    stored = read_data(checkpoint)
+    if stored["fingerprint"] != described["fingerprint"]:
+        raise UserError(
+            f"{checkpoint}: not the data it was trained on: {_first_value(stored, described)}: give the old data, "
+            "go on in the new order with what is unread (start.data=continue), or start anew from its weights "
+            f"(another output_dir, start.weights={checkpoint})"
+        )
+
+
+def carry_data(checkpoint: Path, state: TrainState, loader: Loader) -> TrainState:
+    """`state` at the begin of a stage of `loader`'s order, over what the checkpoint's left unread.
+
+    The state as it is where the orders are the same. Raises UserError where they are not of the same data.
+    """
+    stored, described = read_data(checkpoint), loader.describe()
+    if stored["fingerprint"] == described["fingerprint"]:
+        return state
+    try:
+        stage = loader.stage.carry(stored, state.stage, state.cursor)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: its data cannot be continued: {error}") from None
+    change = _first_value(stored["order"], described["order"], "order")
+    _log.info("step %d: stage %d of the data begins: %s", state.step, stage["number"] + 1, change)
+    return replace(state, cursor=0, stage=stage, fingerprint=described["fingerprint"])
 
 
 def _first_piece(stored: Tokenizer, here: Tokenizer) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import JSON, SENTENCEPIECE, Tokenizer
-from sisa_dist.checkpoint.differences import check_data, check_model, check_tokenizer
+from sisa_dist.checkpoint.differences import carry_data, check_data, check_model, check_tokenizer
 from sisa_dist.checkpoint.folder import find_checkpoint
 from sisa_dist.checkpoint.manifest import check_files, read_manifest
 from sisa_dist.checkpoint.state import TrainState, read_state
@@ -35,13 +35,15 @@ def load_checkpoint(
     *,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    data: Mapping[str, Any],
+    loader: Loader,
     mesh: Mesh,
+    new_stage: bool = False,
 ) -> TrainState:
     """Resume: weights, moments, Adam's step and the guard go into `engine`; returns where the run stood. Collective.
 
-    `data` is `Loader.describe()`. Raises Damaged where a file is not what was written, UserError where the model, the
-    tokenizer or the data is another's or there are no moments; nothing is then loaded.
+    Raises Damaged where a file is not what was written, UserError where the model, the tokenizer or the data is
+    another's or there are no moments; nothing is then loaded. With `new_stage` the data may be served in another order
+    than the checkpoint's: `loader`'s then begins, with what is unread (carry_data).
     """
     verify(checkpoint, mesh)
     check_model(checkpoint, model)
@@ -52,7 +54,10 @@ def load_checkpoint(
             f"{checkpoint}: holds weights and no moments, so there is no run to resume: begin one from them by "
             f"start.weights={checkpoint}"
         )
-    check_data(checkpoint, data)
+    if new_stage:
+        state = carry_data(checkpoint, state, loader)
+    else:
+        check_data(checkpoint, loader.describe())
     read_tensors(engine.state_tensors(), checkpoint)
     engine.set_step(state.step - state.skipped)
     if state.guard:  # none before there was a guard

@@ -15,7 +15,7 @@ from sisa_dist.engine import StepResult
 @dataclass(frozen=True)
 class TrainState:
     step: int  # steps done, skipped ones too
-    cursor: int  # next window of the data order
+    cursor: int  # next window of the data order, in its stage
     tokens: int  # labels seen, those of skipped steps too
     seconds: float  # of training, over all sittings
     fingerprint: str  # of the data order the cursor counts in
@@ -23,6 +23,7 @@ class TrainState:
     skipped_in_row: int = 0  # of them, the last ones
     evaluation_due: bool = False  # the evaluation after this step was cut short by a request to stop
     guard: list[float] = field(default_factory=list)  # Guard.state(), as of a save
+    stage: dict[str, Any] | None = None  # where the stage of the data began, small JSON (Stage.carry); None: the first
     weights_only: bool = False  # the checkpoint holds no moments: a run can begin from it, none can resume
 
     def after(self, result: StepResult, *, cursor: int, seconds: float) -> TrainState:

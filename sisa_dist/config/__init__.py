@@ -1,6 +1,6 @@
 """The typed config of a run. Lowest layer: everything imports it, it imports nothing of ours."""
 
-from sisa_dist.config.data import DataConfig, TokenizerConfig
+from sisa_dist.config.data import DataConfig, SourceConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
@@ -30,6 +30,7 @@ __all__ = [
     "ProfileConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SourceConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "UserError",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sisa_dist.config.data import SourceConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.schema import RunConfig
 
@@ -135,7 +136,9 @@ def _is_union_tag(part: str) -> bool:
 def _known_keys(where: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for part in where:
-        inner = section.model_fields[str(part)].annotation
+        inner: Any = section if section is SourceConfig else section.model_fields[str(part)].annotation
+        if part == "mixture":
+            inner = SourceConfig  # and again at the source's name
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         section = inner

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
 from sisa_dist.config.data import DataConfig
+from sisa_dist.config.errors import UserError
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.section import Section
 
@@ -165,6 +166,7 @@ class StartConfig(Section):
 
     resume: str | None = None  # everything: weights, moments, step and place in the data, of another run or checkpoint
     weights: str | None = None  # the weights alone: step 0, the data from its beginning, an optimizer without memory
+    data: Literal["same", "continue"] = "same"  # continue: a checkpoint of another data order ends a stage of the run
 
     @_model_validator(mode="after")
     def _consistent(self) -> StartConfig:
@@ -189,6 +191,10 @@ class LoggingConfig(Section):
     wandb_project: str = "sisa"
 
 
+def _place(folder: str) -> Path | str:
+    return folder.rstrip("/") if "://" in folder else Path(folder)
+
+
 class RunConfig(Section):
     """One run. `load_config` makes it from a YAML file."""
 
@@ -209,8 +215,19 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
+    def data_place(self) -> Path | str:
+        """Of the one source, a URL as text; of a mixture the first one's, whose tokenizer is that of all."""
+        if self.data.mixture is not None:
+            return _place(next(iter(self.data.mixture.values())).folder)
+        return _place(self.data.folder) if self.data.folder else Path(self.output_dir) / "data"
+
+    @property
     def data_folder(self) -> Path:
-        return Path(self.data.folder) if self.data.folder else Path(self.output_dir) / "data"
+        """`data_place`, for what needs a local folder, as writing does. Raises UserError where it is a URL."""
+        place = self.data_place
+        if isinstance(place, str):
+            raise UserError(f"data.folder: {place} is a URL, which is only read: set a local folder, and copy it up")
+        return place
 
     @_model_validator(mode="after")
     def _consistent(self) -> RunConfig:

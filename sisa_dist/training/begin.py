@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint import Damaged, TrainState, find_checkpoint, list_checkpoints, load_checkpoint, load_weights
 from sisa_dist.checkpoint.folder import set_aside
@@ -17,6 +16,8 @@ from sisa_dist.training.run_folder import refuse_changes
 
 _log = logging.getLogger(__name__)
 
+_REMEDY = "set it as it was there, begin a new stage of the data (start.data=continue)"
+
 
 def begin(
     config: RunConfig,
@@ -24,20 +25,40 @@ def begin(
     engine: Engine,
     *,
     tokenizer: Tokenizer,
-    data: Mapping[str, Any],
+    loader: Loader,
     mesh: Mesh,
     accept_changes: bool = False,
 ) -> TrainState:
-    """Loads what the run begins from into `engine`. Collective. `data` is `Loader.describe()`.
+    """Loads what the run begins from into `engine`, and sets `loader` to its stage. Collective.
 
     A damaged checkpoint of the run's own is set aside and the one before it taken: training again what lay between
     gives the same bits. Raises UserError where none is whole, or one belongs to another model, tokenizer or data, or,
     unless `accept_changes`, where start.resume would not go on as that run did.
     """
+    state = _load(config, run_folder, engine, tokenizer, loader, mesh, accept_changes)
+    loader.begin(state.stage)
+    return state
+
+
+def _load(
+    config: RunConfig,
+    run_folder: Path,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    loader: Loader,
+    mesh: Mesh,
+    accept_changes: bool,
+) -> TrainState:
+    def resume(checkpoint: Path) -> TrainState:
+        new_stage = config.start.data == "continue"
+        return load_checkpoint(
+            checkpoint, engine, model=config.model, tokenizer=tokenizer, loader=loader, mesh=mesh, new_stage=new_stage
+        )
+
     own = list_checkpoints(run_folder)
     for checkpoint in reversed(own):
         try:
-            return load_checkpoint(checkpoint, engine, model=config.model, tokenizer=tokenizer, data=data, mesh=mesh)
+            return resume(checkpoint)
         except Damaged as damage:
             if mesh.is_main:
                 _log.warning("%s; set aside as %s, trying the one before", damage, set_aside(checkpoint).name)
@@ -50,12 +71,12 @@ def begin(
     if config.start.resume is not None:
         source = find_checkpoint(config.start.resume)
         if not accept_changes:
-            refuse_changes(source / "config.yaml", config, remedy="set it as it was there")
-        state = load_checkpoint(source, engine, model=config.model, tokenizer=tokenizer, data=data, mesh=mesh)
+            refuse_changes(source / "config.yaml", config, remedy=_REMEDY, new_stage=config.start.data == "continue")
+        state = resume(source)
         _log.info("resumes %s at step %d", source, state.step)
         return state
     if config.start.weights is not None:
         source = find_checkpoint(config.start.weights)
         load_weights(source, engine, model=config.model, tokenizer=tokenizer, mesh=mesh)
         _log.info("begins at step 0 with the weights of %s", source)
-    return TrainState(0, 0, 0, 0.0, data["fingerprint"])
+    return TrainState(0, 0, 0, 0.0, loader.fingerprint)

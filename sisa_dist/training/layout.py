@@ -55,12 +55,14 @@ def diagnose_layout(config: RunConfig) -> bool:
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
-    tokenizer = find_tokenizer(config.data_folder)
+    place = config.data_place
+    tokenizer = None if isinstance(place, str) else find_tokenizer(place)
+    unseen = "at a URL" if isinstance(place, str) else "not prepared"
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() and config.device != "cpu" else "cpu",
         "config": _hash(dump_config(config).encode()),
-        "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer else "not prepared",
+        "tokenizer": _hash(tokenizer.read_bytes()) if tokenizer else unseen,
         "code": code_version(),
         "torch": torch.__version__,
     }

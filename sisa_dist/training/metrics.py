@@ -20,12 +20,14 @@ _GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 class Metrics:
     """Appends one JSON object a line and mirrors it to wandb. Only the main rank makes one.
 
-    What the file says of steps after `step`, where the run goes on, belongs to a run that is no more: it is dropped.
+    What the file says of steps after `step`, where the run goes on, belongs to a run that is no more: it is dropped,
+    but for `dropped_digests`, of the samples of those steps.
     """
 
     def __init__(self, run_folder: Path, config: RunConfig, *, step: int) -> None:
         path = run_folder / "metrics.jsonl"
-        keep_until(path, step)
+        dropped = keep_until(path, step)
+        self.dropped_digests = {r["step"]: r["digest"] for r in dropped if r["kind"] == "train" and "digest" in r}
         self._file = path.open("a", encoding="utf-8")
         self._wandb = None
         if config.logging.wandb != "off":
@@ -62,6 +64,8 @@ class Metrics:
             for name, value in values.items():
                 if isinstance(value, list):
                     flat |= {f"{kind}/{name}/{layer}": v for layer, v in enumerate(value) if v is not None}
+                elif isinstance(value, dict):
+                    flat |= {f"{kind}/{name}/{source}": v for source, v in value.items()}
                 else:
                     flat[f"{kind}/{name}"] = value
             self._wandb.log(flat, step=step)

@@ -39,20 +39,21 @@ def read_metrics(run_folder: str | Path) -> dict[str, list[dict[str, Any]]]:
     return {kind: [records[step] for step in sorted(records)] for kind, records in found.items()}
 
 
-def keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the records after `step` and a last line cut by a kill, if there are any; a kill in here changes nothing.
 
-    A broken line elsewhere stays, for read_metrics to name.
+    Returns the records dropped. A broken line elsewhere stays, for read_metrics to name.
     """
     if not path.exists():
-        return
+        return []
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and not _step_of(line) > step]
-    if kept == lines:
-        return
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(b"".join(kept))
-    os.replace(beside, path)
+    dropped = [line.endswith(b"\n") and _step_of(line) > step for line in lines]
+    kept = [line for line, drop in zip(lines, dropped, strict=True) if line.endswith(b"\n") and not drop]
+    if kept != lines:
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_bytes(b"".join(kept))
+        os.replace(beside, path)
+    return [json.loads(line) for line, drop in zip(lines, dropped, strict=True) if drop]
 
 
 def _step_of(line: bytes) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.loader import Loader, StepBatch
 from sisa_dist.checkpoint import Saved, TrainState
-from sisa_dist.config import RunConfig
+from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import StepResult
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
@@ -16,19 +17,38 @@ from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 
 
 class Reporter:
-    def __init__(self, config: RunConfig, run_folder: Path, mesh: Mesh, *, step: int, quiet: bool) -> None:
+    def __init__(
+        self, config: RunConfig, run_folder: Path, mesh: Mesh, *, state: TrainState, same: bool, quiet: bool
+    ) -> None:
+        """`same`: the run goes on as it was, so that steps done again must read what metrics.jsonl has of them."""
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._device = mesh.device
         self._peak = peak_flops(mesh.device, dtype)
         if mesh.device.type != "cpu":  # ranks of one host share its cores
             self._peak *= mesh.world_size
         self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
-        self._metrics = Metrics(run_folder, config, step=step)
+        self._metrics = Metrics(run_folder, config, step=state.step)
+        self._digests = self._metrics.dropped_digests if same and state.step else {}
+        self._shares = config.data.shares
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
     def step(
-        self, state: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, digest: str
+        self,
+        state: TrainState,
+        result: StepResult,
+        *,
+        lr: float,
+        seconds: float,
+        waited: float,
+        batch: StepBatch,
+        loader: Loader,
     ) -> None:
+        before = self._digests.pop(state.step, batch.digest)
+        if before != batch.digest:
+            raise UserError(
+                f"step {state.step}: done again, and its samples are not those of the first time (digest {before} in "
+                f"metrics.jsonl, {batch.digest} now): restore data and code, or go on all the same by --accept-changes"
+            )
         rate = result.tokens / seconds
         self._metrics.write(
             "train",
@@ -42,7 +62,9 @@ class Reporter:
             mfu=rate * self._flops_per_token / self._peak,
             memory_bytes=memory_bytes(self._device),
             loader_wait=waited / seconds,
-            digest=digest,
+            digest=batch.digest,
+            epochs=loader.stage.epochs(state.cursor),
+            padding=batch.padding,
             skipped=result.skipped,
             skipped_steps=state.skipped,
         )
@@ -56,8 +78,15 @@ class Reporter:
         if any(value is not None for value in layers["lambda"]):
             self._metrics.write("layers", state.step, **layers)
 
-    def evaluation(self, state: TrainState, loss: float) -> None:
-        self._metrics.write("evaluation", state.step, validation_loss=loss)
+    def evaluation(self, state: TrainState, losses: dict[str, float]) -> None:
+        """`losses` by source. Of a mixture the mean by shares counts, and each source's stands beside it."""
+        if self._shares is None:
+            (loss,) = losses.values()
+            self._metrics.write("evaluation", state.step, validation_loss=loss)
+        else:
+            total = sum(self._shares[name] for name in losses)
+            loss = sum(self._shares[name] * losses[name] for name in losses) / total
+            self._metrics.write("evaluation", state.step, validation_loss=loss, validation_losses=losses)
         self._console.note(state.step, f"validation loss {loss:.4f}")
 
     def saves(self, saves: list[Saved]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,15 @@ _FREE = (
     "engine.overlap",
     "engine.check_every",
     "data.folder",
+    "data.cache_folder",
+    "data.cache_gb",
+    "data.retries",
+    "data.timeout",
+    "data.connections",
     "data.input",
+    "data.workers",
     "data.prefetch",
+    "data.read_threads",
     "training.micro_batch_size",
     "training.eval_every",
     "training.eval_windows",
@@ -46,6 +54,10 @@ _FREE = (
     "evaluation",
     "logging",
 )
+
+# Keys that begin a new stage where start.data is `continue`.
+_OF_A_STAGE = ("data", "schedule", "training.global_batch_tokens", "training.seq_len", "training.steps")
+_FREE_SOURCE = re.compile(r"data\.mixture\.[^.]*\.(folder|max_epochs)")
 
 
 @contextmanager
@@ -79,9 +91,10 @@ def open_run_folder(
     mesh.barrier()
 
 
-def refuse_changes(stored: Path, config: RunConfig, *, remedy: str) -> None:
-    """Raises UserError where `config` would not go on as the run whose config.yaml is `stored`."""
-    differs = _first_difference(load_config(stored).model_dump(), config.model_dump())
+def refuse_changes(stored: Path, config: RunConfig, *, remedy: str, new_stage: bool = False) -> None:
+    """Raises UserError where `config` goes on neither as the run whose config.yaml is `stored` nor as its new stage."""
+    free = (*_FREE, *_OF_A_STAGE) if new_stage else _FREE
+    differs = _first_difference(load_config(stored).model_dump(), config.model_dump(), free)
     if differs is not None:
         key, old, new = differs
         raise UserError(
@@ -90,13 +103,15 @@ def refuse_changes(stored: Path, config: RunConfig, *, remedy: str) -> None:
         )
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+def _first_difference(
+    old: dict[str, Any], new: dict[str, Any], free: Collection[str], prefix: str = ""
+) -> tuple[str, Any, Any] | None:
     for key in sorted(old.keys() | new.keys()):
         dotted = prefix + key
-        if dotted in _FREE or old.get(key) == new.get(key):
+        if dotted in free or _FREE_SOURCE.fullmatch(dotted) or old.get(key) == new.get(key):
             continue
         if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            inner = _first_difference(old[key], new[key], dotted + ".")
+            inner = _first_difference(old[key], new[key], free, dotted + ".")
             if inner is not None:
                 return inner
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.begin import begin
 from sisa_dist.training.profile import Profiler
 from sisa_dist.training.reporter import Reporter
-from sisa_dist.training.run_data import RunData, held_out_batches, open_data
+from sisa_dist.training.run_data import RunData, check_limits, held_out_batches, open_data, open_loader
 from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
 from sisa_dist.training.signals import REQUEUE, Requeue, StopRequest
@@ -59,32 +59,24 @@ def _train(
 ) -> None:
     resumes = bool(list_checkpoints(run_folder))
     open_run_folder(run_folder, config, mesh, resumes=resumes, accept_changes=accept_changes)
-    loader = Loader(
-        data.train,
-        seq_len=config.training.seq_len,
-        seed=config.seed,
-        global_batch_windows=config.training.global_batch_windows,
-        micro_batch_size=config.training.micro_batch_size,
-        dp_rank=mesh.dp_rank,
-        dp_size=mesh.dp_size,
-        lanes=config.data.lanes,
-        document_mask=config.data.document_mask,
-        prefetch=config.data.prefetch,
-    )
+    loader = open_loader(config, data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     mesh.enter("build")
     engine = build_engine(config, mesh)
     mesh.enter("load")
-    described = loader.describe()
     state = begin(
         config,
         run_folder,
         engine,
         tokenizer=data.tokenizer,
-        data=described,
+        loader=loader,
         mesh=mesh,
         accept_changes=accept_changes,
     )
-    reporter = Reporter(config, run_folder, mesh, step=state.step, quiet=quiet) if mesh.is_main else None
+    left = config.training.steps - state.step
+    check_limits(config, loader, windows=state.cursor + left * config.training.global_batch_windows)
+    same = not accept_changes
+    reporter = Reporter(config, run_folder, mesh, state=state, same=same, quiet=quiet) if mesh.is_main else None
+    described = loader.describe()
     files = {**data.tokenizer.files, "data.json": json.dumps(described, indent=1).encode()}
     saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)
     try:
@@ -125,7 +117,7 @@ def _loop(
             profiler.after(step + 1)
             state = state.after(result, cursor=batch.next_cursor, seconds=seconds)
             if reporter:
-                reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, digest=batch.digest)
+                reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, batch=batch, loader=loader)
                 reporter.saves(saver.collect())
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
@@ -163,7 +155,7 @@ def _requeue(state: TrainState, stop: StopRequest, reporter: Reporter | None) ->
 def _evaluate(
     config: RunConfig,
     mesh: Mesh,
-    validation: Index,
+    validation: Mapping[str, Index],
     engine: Engine,
     state: TrainState,
     reporter: Reporter | None,
@@ -174,15 +166,17 @@ def _evaluate(
     layers = engine.layer_statistics()  # of the step before, so now: a resume cannot know them any more
     if reporter and not state.evaluation_due:
         reporter.layers(state, layers)
-    batches = held_out_batches(
-        config, validation, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
-    )
-    try:
-        result = perplexity(engine, _until_asked(batches, mesh, stop))
-    except _AskedToStop:
-        return False
+    found: dict[str, float] = {}
+    for name, index in validation.items():
+        batches = held_out_batches(
+            config, index, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
+        )
+        try:
+            found[name] = perplexity(engine, _until_asked(batches, mesh, stop)).loss
+        except _AskedToStop:
+            return False
     if reporter:
-        reporter.evaluation(state, result.loss)
+        reporter.evaluation(state, found)
     return True
 
 

@@ -1,0 +1,78 @@
+"""From runs of tokens to one row of a batch: reads the members, shifts the labels, numbers the documents, pads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.index import Index
+from data_pipeline.lines import Run
+from data_pipeline.order import Int64, Range
+
+IGNORE = -100  # a label that does not count
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, labels [b, T] int64 (label −100 does not count); doc_ids [b, T] int64 non-decreasing, or None."""
+
+    tokens: Tensor
+    labels: Tensor
+    doc_ids: Tensor | None
+
+
+def document_of(index: Index, ranges: Sequence[Range]) -> Int64:
+    """The document of each token of the ranges, counted from 0, in the order in which they stand there."""
+    found: list[Int64] = []
+    document, before = -1, -1
+    for member, start, stop in ranges:
+        inside = np.searchsorted(np.cumsum(index.segments(member)), np.arange(start, stop), side="right")
+        # A member goes on with the document before it only where the one before it is the one it was cut from.
+        goes_on = member == before + 1 and before >= 0 and bool(index.members["continued"][member])
+        found.append(inside - inside[0] + document + (not goes_on))
+        document, before = int(found[-1][-1]), member
+    return np.concatenate(found)
+
+
+def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
+    """The runs side by side as a batch of one row; what they leave of it is padded with eos and ignored labels.
+
+    With document_mask each run, and in it each document, has its own doc_id, the padding one more, and the label that
+    crosses from one into the next is ignored.
+    """
+    tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
+    labels = np.full(seq_len, IGNORE, dtype=np.int64)
+    doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
+    position, document = 0, -1
+    for number, run in enumerate(runs):
+        ids = np.concatenate([index.read_member(member)[start:stop] for member, start, stop in run.ranges])
+        count = len(ids) - 1  # of labels
+        # The very last token stands as an input too where there is room, though nothing is asked behind it.
+        inputs = min(len(ids), seq_len - position) if number == len(runs) - 1 else run.inputs
+        tokens[position : position + inputs] = ids[:inputs]
+        labels[position : position + count] = ids[1:]
+        if document_mask:
+            documents = document_of(index, run.ranges) + document + 1
+            labels[position : position + count][documents[1:] != documents[:-1]] = IGNORE
+            doc_ids[position : position + inputs] = documents[:inputs]
+            document = int(documents[inputs - 1])
+        position += inputs
+    doc_ids[position:] = document + 1
+    return Batch(
+        torch.from_numpy(tokens)[None],
+        torch.from_numpy(labels)[None],
+        torch.from_numpy(doc_ids)[None] if document_mask else None,
+    )
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    doc_ids = [row.doc_ids for row in rows if row.doc_ids is not None]
+    return Batch(
+        torch.cat([row.tokens for row in rows]),
+        torch.cat([row.labels for row in rows]),
+        torch.cat(doc_ids) if doc_ids else None,
+    )
