@@ -77,5 +77,5 @@ def _diffuse(counts: tuple[int, ...]) -> tuple[Int64, Int64]:
         pattern[place] = chosen
     served = pattern == np.arange(len(counts))[:, None]
     before = np.zeros((len(counts), PERIOD + 1), np.int64)
-    np.cumsum(served, axis=1, out=before[:, :-1])
+    np.cumsum(served, axis=1, out=before[:, 1:])
     return pattern, before
