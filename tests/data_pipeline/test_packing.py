@@ -70,6 +70,7 @@ def test_an_epoch_of_bins_reads_every_document_once_and_whole(
     labels: list[int] = []
     of = {token: number for number, document in enumerate(documents) for token in document}
     places: Counter[int] = Counter()
+    parts = 0
     for step in steps:
         (batch,) = step.micro_batches
         assert batch.doc_ids is not None
@@ -77,12 +78,14 @@ def test_an_epoch_of_bins_reads_every_document_once_and_whole(
         labels += [label for _, label, _ in row if label != IGNORE]
         assert all(token == EOS or label in (token + 1, EOS, IGNORE) for token, label, _ in row)
         assert all(label == IGNORE for token, label, _ in row if token == EOS), "nothing follows the end of a document"
+        parts += len({doc_id for *_, doc_id in row[: round((1 - step.padding) * seq_len)]})
         inside = {doc_id: {of[t] for t, _, d in row if d == doc_id and t != EOS} for *_, doc_id in row}
         assert all(len(found) <= 1 for found in inside.values()), "two documents under one doc_id"
         places.update(document for found in inside.values() for document in found)
     # Every token but a document's first is a label once, its closing eos too.
     want = [token for document in documents if document for token in [*document[1:], EOS]]
     assert sorted(labels) == sorted(want)
+    assert parts == sum(max(1, -(-len(document) // seq_len)) for document in documents), "an eos alone"
     for number, document in enumerate(documents):
         if document:
             assert places[number] == -(-len(document) // seq_len), "cut, and not longer than seq_len"
