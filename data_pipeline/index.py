@@ -29,6 +29,7 @@ from data_pipeline.index_files import (
 )
 from data_pipeline.places import Place, is_url, join
 from data_pipeline.remote_shards import Block, RemoteShards
+from data_pipeline.seen import Seen
 from sisa_dist.config import UserError
 
 _CACHE_BYTES = 64 << 20  # of ids; about two members a lane are in use at a time, of 2 MB at 1 048 576 ids of uint16
@@ -88,6 +89,10 @@ class Index:
     def shard_paths(self) -> list[str]:
         """Where each shard is: a file or URL."""
         return [join(self.folder, shard["name"]) for shard in self.shards]
+
+    @cached_property
+    def _seen(self) -> Seen:
+        return Seen(len(self.members))
 
     @property
     def tokens(self) -> NDArray[np.int64]:
@@ -167,6 +172,8 @@ class Index:
                     payload = os.pread(file.fileno(), block.stop - block.start, block.start)
             except OSError as error:
                 raise UserError(f"{block.url}: cannot be read ({error.strerror}): {AGAIN}") from None
+            if self._seen.same(member, payload):
+                return np.frombuffer(payload, dtype=self.dtype)
             if member_hash(payload).hex() != block.key:
                 raise UserError(
                     f"{block.url}: {block.name} is not what was written (cut short or changed, perhaps replaced since "
@@ -177,6 +184,7 @@ class Index:
             raise UserError(
                 f"{block.url}: {block.name} holds the id {found.max()} of a vocabulary of {self.vocab_size}: {AGAIN}"
             )
+        self._seen.accept(member, payload)
         return found
 
     def _block(self, member: int) -> Block:

@@ -15,9 +15,10 @@ import torch
 
 from data_pipeline.index import Index
 from data_pipeline.lines import Concat, Stream
-from data_pipeline.order import stored_order
+from data_pipeline.order import Int64, stored_order
 from data_pipeline.read_ahead import ReadAhead
-from data_pipeline.source import Packing, Place
+from data_pipeline.rows import Rows
+from data_pipeline.source import Packing, Place, Places
 from data_pipeline.stage import Stage
 from data_pipeline.window import IGNORE, Batch, read_window, stack
 from sisa_dist.config import UserError
@@ -106,7 +107,11 @@ class Loader:
 
     def window_ids(self, cursor: int) -> list[Place]:
         """Every slot of the global batch at `cursor`."""
-        return [self.stage.place(window) for window in range(cursor, cursor + self._global)]
+        found: dict[int, Place] = {}
+        for name, slots, places in self._places(cursor):
+            rows = zip(slots.tolist(), places.epochs.tolist(), places.windows.tolist(), strict=True)
+            found |= {slot: Place(name, epoch, window) for slot, epoch, window in rows}
+        return [found[slot] for slot in range(self._global)]
 
     def traffic(self) -> dict[str, int] | None:
         """What this process asked of servers and disk cache so far, over its sources; None where all is local."""
@@ -120,29 +125,47 @@ class Loader:
                 self._ask(cursor + ahead * self._global)
         return self._step(cursor + number * self._global)
 
+    def _places(self, cursor: int) -> list[tuple[str, Int64, Places]]:
+        return self.stage.places(cursor, cursor + self._global)
+
+    def _mine(self, slots: Int64, places: Places) -> tuple[Int64, Places]:
+        """Those of this rank: their rows in its part of the batch, and the windows."""
+        if self._dp_size == 1:
+            return slots, places
+        chosen = slots % self._dp_size == self._dp_rank
+        return slots[chosen] // self._dp_size, places.every(chosen)
+
     def _ask(self, cursor: int) -> None:
-        places = self.window_ids(cursor)
-        wanted: dict[str, dict[int, None]] = {}
-        for slot in range(self._dp_rank, self._global, self._dp_size):
-            members = wanted.setdefault(places[slot].source, {})
-            for run in self.stage.sources[places[slot].source].runs(places[slot]):
-                members |= dict.fromkeys(range_.member for range_ in run.ranges)
-        for name, members in wanted.items():
+        for name, slots, places in self._places(cursor):
+            source, members = self.stage.sources[name], dict[int, None]()
+            _, mine = self._mine(slots, places)
+            for epoch, window in zip(mine.epochs.tolist(), mine.windows.tolist(), strict=True):
+                for run in source.runs(Place(name, epoch, window)):
+                    members |= dict.fromkeys(range_.member for range_ in run.ranges)
             self._indexes[name].ask(members)
 
     def _step(self, cursor: int) -> StepBatch:
-        stage, places = self.stage, self.window_ids(cursor)
-        mine = [self._read(places[slot]) for slot in range(self._dp_rank, self._global, self._dp_size)]
-        batches = [stack(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
-        ids = [tuple(place) for place in places] if stage.mixture else [(p.epoch, p.window) for p in places]
-        digest = hashlib.blake2b(f"{stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
-        targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        filled = sum(stage.sources[place.source].fill(place) for place in places)
-        return StepBatch(batches, cursor + self._global, digest, targets, 1 - filled / (self._global * stage.seq_len))
+        stage, found = self.stage, self._places(cursor)
+        rows = Rows(self._global // self._dp_size, stage.seq_len, document_mask=stage.document_mask)
+        filled = 0
+        for name, slots, places in found:
+            filled += stage.sources[name].fills(places)
+            at, mine = self._mine(slots, places)
+            if len(at):
+                rows.read(stage.sources[name], at, mine)
+        padding = 1 - filled / (self._global * stage.seq_len)
+        return StepBatch(
+            rows.batches(self._micro), cursor + self._global, self._digest(cursor, found), rows.targets, padding
+        )
 
-    def _read(self, place: Place) -> Batch:
-        source = self.stage.sources[place.source]
-        return read_window(source.index, source.runs(place), self.stage.seq_len, document_mask=self.stage.document_mask)
+    def _digest(self, cursor: int, found: list[tuple[str, Int64, Places]]) -> str:
+        ids: list[Any]
+        if self.stage.mixture is None:
+            ((_, _, places),) = found
+            ids = list(zip(places.epochs.tolist(), places.windows.tolist(), strict=True))
+        else:
+            ids = [tuple(place) for place in self.window_ids(cursor)]
+        return hashlib.blake2b(f"{self.stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
 
 
 def validation_batches(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.fetch import Fetcher
+from data_pipeline.leaving import stop_at_exit
 from sisa_dist.config import UserError
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class RemoteShards:
             self._cache = BlockCache(settings.cache_folder, limit=int(settings.cache_gb * 1e9), hash=hash)
         self._connections = settings.connections
         self._asked: dict[str, Future[bytes | None]] = {}
-        self._jobs: queue.SimpleQueue[tuple[Block, Future[bytes | None]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Block, Future[bytes | None]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._stop = False
         self._lock = threading.Lock()
         self._ranges = True  # until a server is met that has none
 
@@ -62,7 +64,8 @@ class RemoteShards:
                     future: Future[bytes | None] = Future()
                     self._asked[block.key] = future
                     self._jobs.put((block, future))
-            # Daemons: a run that ends, by an error too, does not wait for a server that does not answer.
+            # Daemons: a run that ends, by an error too, does not wait long for a server that does not answer.
+            stop_at_exit(self)
             while self._asked and len(self._threads) < self._connections:
                 self._threads.append(threading.Thread(target=self._work, name="fetch", daemon=True))
                 self._threads[-1].start()
@@ -74,9 +77,18 @@ class RemoteShards:
         found = asked.result() if asked is not None else None
         return self._kept(block, asked=asked is not None) if found is None else found
 
+    def stop(self) -> None:
+        """Its threads end after what they are fetching; what was asked for besides is never there."""
+        self._stop = True
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def threads(self) -> list[threading.Thread]:
+        return self._threads
+
     def _work(self) -> None:
-        while True:
-            block, future = self._jobs.get()
+        while (job := self._jobs.get()) is not None and not self._stop:
+            block, future = job
             try:
                 payload = self._kept(block)
             except BaseException as error:

@@ -39,15 +39,26 @@ def document_of(index: Index, ranges: Sequence[Range]) -> Int64:
 
 
 def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
-    """The runs side by side as a batch of one row; what they leave of it is padded with eos and ignored labels.
+    """The runs as a batch of one row, see fill_row."""
+    tokens, labels = np.empty(seq_len, np.int64), np.empty(seq_len, np.int64)
+    doc_ids = np.empty(seq_len, np.int64) if document_mask else None
+    fill_row(index, runs, tokens, labels, doc_ids)
+    return Batch(
+        torch.from_numpy(tokens)[None],
+        torch.from_numpy(labels)[None],
+        None if doc_ids is None else torch.from_numpy(doc_ids)[None],
+    )
 
-    With document_mask each run, and in it each document, has its own doc_id, the padding one more, and the label that
+
+def fill_row(index: Index, runs: Sequence[Run], tokens: Int64, labels: Int64, doc_ids: Int64 | None) -> int:
+    """Writes the runs side by side into `tokens` and `labels` [T]; what they leave is padded with eos and ignored
+    labels. Returns how many labels count.
+
+    With `doc_ids` [T] each run, and in it each document, has its own doc_id, the padding one more, and the label that
     crosses from one into the next is ignored.
     """
-    tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
-    labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
-    position, document = 0, -1
+    seq_len, targets, position, document = len(tokens), 0, 0, -1
+    labels[:] = IGNORE
     for number, run in enumerate(runs):
         ids = np.concatenate([index.read_member(member)[start:stop] for member, start, stop in run.ranges])
         count = len(ids) - 1  # of labels
@@ -55,18 +66,19 @@ def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mas
         inputs = min(len(ids), seq_len - position) if number == len(runs) - 1 else run.inputs
         tokens[position : position + inputs] = ids[:inputs]
         labels[position : position + count] = ids[1:]
-        if document_mask:
+        targets += count
+        if doc_ids is not None:
             documents = document_of(index, run.ranges) + document + 1
-            labels[position : position + count][documents[1:] != documents[:-1]] = IGNORE
+            crossing = documents[1:] != documents[:-1]
+            labels[position : position + count][crossing] = IGNORE
+            targets -= int(np.count_nonzero(crossing))
             doc_ids[position : position + inputs] = documents[:inputs]
             document = int(documents[inputs - 1])
         position += inputs
-    doc_ids[position:] = document + 1
-    return Batch(
-        torch.from_numpy(tokens)[None],
-        torch.from_numpy(labels)[None],
-        torch.from_numpy(doc_ids)[None] if document_mask else None,
-    )
+    tokens[position:] = index.eos_id
+    if doc_ids is not None:
+        doc_ids[position:] = document + 1
+    return targets
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
