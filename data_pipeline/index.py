@@ -168,8 +168,11 @@ class Index:
             payload = self.remote.read(block)
         else:
             try:
-                with open(block.url, "rb", buffering=0) as file:
-                    payload = os.pread(file.fileno(), block.stop - block.start, block.start)
+                file = os.open(block.url, os.O_RDONLY)
+                try:
+                    payload = os.pread(file, block.stop - block.start, block.start)
+                finally:
+                    os.close(file)
             except OSError as error:
                 raise UserError(f"{block.url}: cannot be read ({error.strerror}): {AGAIN}") from None
             if self._seen.same(member, payload):
