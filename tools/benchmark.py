@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 tools/benchmark.py overlap   tp 2, collectives hidden behind matmuls ÷ not
     python tools/benchmark.py save [--set K=V] [--folder F]  what a save takes, and what of it training waits for
     python tools/benchmark.py loader CONFIG                  the loader alone, tokens/s, on prepared data
+    python tools/benchmark.py data                           it and others' loaders on the same tokens
 
 A tool, never a timed test: it asserts nothing. `--json FILE` keeps the figures.
 """
@@ -26,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_data
 import torch
 
 from data_pipeline.loader import Batch
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     loader = commands.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("--set", dest="overrides", action="append", default=[])
+    benchmark_data.add_parser(commands)
     arguments = parser.parse_args(argv)
     command = {
         "step": _step,
@@ -70,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         "overlap": _overlap,
         "save": _save,
         "loader": _loader,
+        "data": benchmark_data.data,
     }
     figures = command[arguments.command](arguments)
     if int(os.environ.get("RANK", "0")):

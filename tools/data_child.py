@@ -1,7 +1,7 @@
 """One measurement of `benchmark.py data`, in a process of its own: python tools/data_child.py 'JSON' prints JSON.
 
-    {"kind", "place", "shape", "passes": n}   open, n passes timed, one in which the tokens are summed; a state at half
-    {"kind", "place", "shape", "state"}       from the state to the first batch
+    {"kind", "place", "shape", "passes": n, "half"}   n epochs timed; with `half` one more, summed, and its state there
+    {"kind", "place", "shape", "state", "skip"}       from the state to the first batch, over `skip` batches where given
 
 A pass is timed from its first batch on, so that starting workers is not taken for reading; what starting takes is
 `start`. Nothing here knows one loader from another.
@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from data_loaders import KINDS, Shape
+from data_loaders import KINDS, Reader, Shape
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
@@ -26,27 +26,31 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     reader = kind(job["place"], shape, job.get("state"))
     if "passes" not in job:
-        next(reader.epoch())
+        batches = reader.epoch()
+        for _ in range(job.get("skip", 0) + 1):
+            next(batches)
         return {"resume": time.perf_counter() - started}
     found: dict[str, Any] = {"rates": []}
     for number in range(job["passes"]):
-        began = started if number == 0 else time.perf_counter()
         batches = reader.epoch()
         next(batches)
         first = time.perf_counter()
         if number == 0:
-            found["start"] = first - began
-        count = 0
-        for tokens, _ in batches:
-            count += tokens.numel()
+            found["start"] = first - started
+        count = sum(tokens.numel() for tokens, _ in batches)
         found["rates"].append(count / max(1e-9, time.perf_counter() - first))
-    total = tokens_seen = 0
+    return found | (_checked(reader, job["half"]) if "half" in job else {})
+
+
+def _checked(reader: Reader, half: int) -> dict[str, Any]:
+    """One more epoch, summed; the state after `half` of its batches."""
+    total, state = 0, None
     for number, (tokens, labels) in enumerate(reader.epoch(), start=1):
         assert tokens.dtype == labels.dtype == torch.int64 and tokens.shape == labels.shape
-        total, tokens_seen = total + int(tokens.sum()), tokens_seen + tokens.numel()
-        if number == job["half"]:
-            found["state"] = reader.state(number)
-    return found | {"sum": total, "tokens": tokens_seen}
+        total += int(tokens.sum())
+        if number == half:
+            state = reader.state()
+    return {"sum": total, "state": state}
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Reader(Protocol):
         """The next epoch, or what is left of the one that `state` was taken in."""
         ...
 
-    def state(self, batches: int) -> dict[str, Any] | None:
-        """JSON to go on from after `batches` of the epoch under way; None: it can only start over."""
+    def state(self) -> dict[str, Any] | None:
+        """JSON to go on from behind the batch last served; None: it can only start over."""
         ...
 
 
@@ -94,7 +94,7 @@ class Ours:
                 for batch in step.micro_batches:
                     yield batch.tokens, batch.labels
 
-    def state(self, batches: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"cursor": self._cursor}
 
 
@@ -140,7 +140,7 @@ class MemoryMap:
             rows.append(torch.from_numpy(row if len(row) == length else np.append(row, IGNORE)))
         return tokens, torch.stack(rows)
 
-    def state(self, batches: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"place": [self._epoch, self._at + 1]}
 
 
@@ -178,7 +178,7 @@ class WebDataset:
     def epoch(self) -> Batches:
         return iter(self._loader)
 
-    def state(self, batches: int) -> None:
+    def state(self) -> None:
         return None
 
 
@@ -215,7 +215,7 @@ class Streaming:
     def epoch(self) -> Batches:
         return iter(self._loader)
 
-    def state(self, batches: int) -> dict[str, Any] | None:
+    def state(self) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._loader.state_dict()
         return found
 
@@ -264,7 +264,7 @@ class LitData:
     def epoch(self) -> Batches:
         return iter(self._loader)
 
-    def state(self, batches: int) -> dict[str, Any] | None:
+    def state(self) -> dict[str, Any] | None:
         found: dict[str, Any] = self._loader.state_dict()
         return found
 
