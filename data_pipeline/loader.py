@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.buffers import Buffers
 from data_pipeline.index import Index
 from data_pipeline.lines import Concat, Stream
 from data_pipeline.order import Int64, stored_order
@@ -83,6 +84,11 @@ class Loader:
         self._global, self._micro = global_batch_windows, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch, self._threads = prefetch, read_threads
+        self._buffers = Buffers(
+            (global_batch_windows // dp_size, seq_len),
+            arrays=3 if document_mask else 2,
+            most=prefetch + 2,  # one that is trained on, and one that is being made for who waits
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +152,7 @@ class Loader:
 
     def _step(self, cursor: int) -> StepBatch:
         stage, found = self.stage, self._places(cursor)
-        rows = Rows(self._global // self._dp_size, stage.seq_len, document_mask=stage.document_mask)
+        rows = Rows(*self._buffers.take())
         filled = 0
         for name, slots, places in found:
             filled += stage.sources[name].fills(places)

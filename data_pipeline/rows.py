@@ -18,12 +18,12 @@ from data_pipeline.window import IGNORE, Batch, fill_row
 
 
 class Rows:
-    """`count` rows of `seq_len`; `targets`: labels that count in the rows read so far."""
+    """`targets`: labels that count in the rows read so far."""
 
-    def __init__(self, count: int, seq_len: int, *, document_mask: bool) -> None:
-        self._seq_len, self.targets = seq_len, 0
-        self._tokens, self._labels = (np.empty((count, seq_len), np.int64) for _ in range(2))
-        self._doc_ids = np.empty((count, seq_len), np.int64) if document_mask else None
+    def __init__(self, tokens: Int64, labels: Int64, doc_ids: Int64 | None = None) -> None:
+        """Arrays [rows, seq_len] to be filled; `doc_ids` where documents are told apart."""
+        self._tokens, self._labels, self._doc_ids = tokens, labels, doc_ids
+        self._seq_len, self.targets = tokens.shape[1], 0
 
     def read(self, source: Source, rows: Int64, places: Places) -> None:
         """Reads the window at each of `places` into the row of the same place in `rows`, which rise."""
