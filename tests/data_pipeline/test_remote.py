@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +214,9 @@ def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it
     with loader(local, prefetch=0).steps(0) as plain, loader(remote).steps(0) as stream:
         for _ in range(due):
             assert rows([next(stream)]) == rows([next(plain)])
+        deadline = time.monotonic() + 20  # its request is on its way before anybody waits for what it brings
+        while not any(path.endswith(name) for path in served.requests) and time.monotonic() < deadline:
+            time.sleep(0.01)
         asked_before = len(served.requests)
         waiting = threading.Thread(target=lambda: late.append(next(stream)))
         late: list[StepBatch] = []
