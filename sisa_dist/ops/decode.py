@@ -93,10 +93,9 @@ class AttentionCache(_Cache):
         k_all, v_all = self._k.append(k), self._v.append(v)
         if first:
             return causal_attention(q, k, v, scale=scale, doc_ids=doc_ids)
+        mask = None if t == 1 else causal_mask(t, self.length, device=q.device)
         if held_ids is not None:
             mask = document_mask(held_ids, t)
-        else:
-            mask = None if t == 1 else causal_mask(t, self.length, device=q.device)
         with no_autocast(q.device):
             return F.scaled_dot_product_attention(
                 q, k_all, v_all, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

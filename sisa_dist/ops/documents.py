@@ -8,7 +8,8 @@ their differences inside a document enter. doc_ids is non-decreasing, so equalit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,3 +69,22 @@ def suffix_sums(x_BGT: Tensor, segments: Segments | None) -> Tensor:
     total = prefix.gather(2, last.expand(prefix.shape))
     is_first = torch.arange(x_BGT.shape[2], device=x_BGT.device).view_as(first[:1]) == first
     return (total - prefix).add_(x_BGT).masked_fill_(is_first, 0)
+
+
+class _InDocuments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: Segments, sums: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.segments, ctx.dtype = segments, x.dtype
+        return sums(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return suffix_sums(grad, ctx.segments).to(ctx.dtype), None, None
+
+
+def sums_in_documents(x_BGT: Tensor, segments: Segments, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """`sums`, running sums along dim 2 of `[B, H_kv, T, ...]`, of which only differences inside a document are used.
+
+    Autograd's reverse sum would hand each document's rounding error to all documents before it: here they get 0.
+    """
+    return _InDocuments.apply(x_BGT, segments, sums)
