@@ -8,11 +8,12 @@ their differences inside a document enter. doc_ids is non-decreasing, so equalit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sisa_dist.ops.spans import Level
 
@@ -26,6 +27,28 @@ def crossing(doc_q_MT: Tensor, doc_k_NT: Tensor, level: Level) -> Crossing:
     """Rows and keys of the document that crosses each pair of the level."""
     last_q, last_k = level.even(doc_q_MT)[:, :, -1:], level.even(doc_k_NT)[:, :, -1:]
     return Crossing(level.odd(doc_q_MT) == last_q, level.even(doc_k_NT) == last_k)
+
+
+def within_reach(levels: Iterable[Level], doc_ids_BT: Tensor) -> Iterator[Level]:
+    """The levels without what no crossing document reaches: fewer keys and rows, or no level at all.
+
+    Only on a CPU, where reading doc_ids waits for nothing; elsewhere, and on fake tensors, every level whole. It takes
+    away what is masked and would add exactly 0, so it changes time alone.
+    """
+    readable = doc_ids_BT.device.type == "cpu" and not isinstance(doc_ids_BT, FakeTensor)
+    for level in levels:
+        if not readable:
+            yield level
+            continue
+        rows, keys = (x.sum(-1) for x in crossing(doc_ids_BT, doc_ids_BT, level))
+        longest_rows, longest_keys = int(rows.max()), int((keys * (rows > 0)).max())
+        if longest_rows:
+            yield level._replace(last_keys=_even(longest_keys, level.span), first_rows=_even(longest_rows, level.rows))
+
+
+def _even(length: int, most: int) -> int:
+    """Rounded up, so that products and their workspaces come in few sizes."""
+    return min(most, -(-length // 32) * 32)
 
 
 def mask_value(scale: float, dtype: torch.dtype) -> float:
