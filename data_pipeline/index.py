@@ -126,6 +126,10 @@ class Index:
             raise UserError(f"{self.folder}/segments.npy: wrong at member {member}, it is damaged: {AGAIN}")
         return found
 
+    def all_segments(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Lengths start … stop-1 of the document parts of the whole split, over the ends of members."""
+        return self._segments.rows(start, stop)
+
     def ask(self, members: Iterable[int]) -> None:
         """Has the members that lie at URLs fetched in the background, in this order, for `read_member` to find."""
         if self.remote is not None:

@@ -110,12 +110,15 @@ class _Check:
         payload = self._read(block.start, block.stop - block.start)
         self.report.members += 1
         if len(payload) < block.stop - block.start:
-            return self._fault(member, "cut short")
+            self._fault(member, "cut short")
+            return None
         if member_hash(payload).hex() != block.key:
-            return self._fault(member, "not what was written")
+            self._fault(member, "not what was written")
+            return None
         ids = np.frombuffer(payload, index.dtype)
         if ids.max() >= index.vocab_size:
-            return self._fault(member, f"holds the id {ids.max()} of a vocabulary of {index.vocab_size}")
+            self._fault(member, f"holds the id {ids.max()} of a vocabulary of {index.vocab_size}")
+            return None
         self.report.token_counts += np.bincount(ids.astype(np.int64), minlength=index.vocab_size)
         self.report.tokens += len(ids)
         try:
@@ -126,9 +129,11 @@ class _Check:
         ends = np.flatnonzero(ids == index.eos_id) + 1
         goes_on = member + 1 < len(index.members) and bool(index.members["continued"][member + 1])
         if not np.array_equal(np.union1d(ends, [len(ids)]), np.cumsum(segments)):
-            return self._fault(member, "its documents do not end where the index says")
+            self._fault(member, "its documents do not end where the index says")
+            return None
         if goes_on and len(ends) and ends[-1] == len(ids):
-            return self._fault(member + 1, "goes on with a document that has ended")
+            self._fault(member + 1, "goes on with a document that has ended")
+            return None
         return segments
 
     def _check_notes(

@@ -133,8 +133,8 @@ class Verification:
             said = counts.get(name)
             if said and (said["documents"], said["tokens"]) != (index.documents, index.num_tokens):
                 self._early.append(
-                    f"{self.folder}/prepared.json: says {said['documents']:,} documents and {said['tokens']:,} tokens of "
-                    f"{name}, its index {index.documents:,} and {index.num_tokens:,}"
+                    f"{self.folder}/prepared.json: says {said['documents']:,} documents, {said['tokens']:,} tokens "
+                    f"of {name}, its index {index.documents:,} and {index.num_tokens:,}"
                 )
 
 
