@@ -18,6 +18,7 @@ class _Guarded:
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
+        self.failure: Exception | None = None  # of the file or its server: no damage to the tar
         self.seek, self.tell = raw.seek, raw.tell
         here = raw.tell()
         self._size = raw.seek(0, 2)
@@ -27,22 +28,26 @@ class _Guarded:
         # A negative size reads all there is, one of 2^60 asks for as much memory before a byte is read.
         if number < 0 or (number > _SMALL_READ and number > self._size - self._raw.tell()):
             raise tarfile.ReadError("an entry is larger than the file")
-        return self._raw.read(number)
+        try:
+            return self._raw.read(number)
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class Tar:
     """The entries of an uncompressed tar, front to back. `file` is what `extractfile` and friends are asked of."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        with _as_damage():
-            self.file = tarfile.open(fileobj=_Guarded(raw), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+        self._raw, self._guarded = raw, _Guarded(raw)
+        with self._as_damage():
+            self.file = tarfile.open(fileobj=self._guarded, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         """Ends where the tar does or seems to: then `check_end`. Raises tarfile.TarError."""
         before = -1
         while True:
-            with _as_damage():
+            with self._as_damage():
                 entry = self.file.next()
             if entry is None:
                 return
@@ -61,16 +66,17 @@ class Tar:
             if block.count(0) != len(block):
                 raise tarfile.ReadError("data after the end mark: two tars joined?")
 
+    @contextmanager
+    def _as_damage(self) -> Iterator[None]:
+        """Of a header of garbage tarfile raises whatever the parsing of numbers, text and nested headers does."""
+        try:
+            yield
+        except (ValueError, OverflowError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
+            if error is self._guarded.failure:
+                raise
+            raise tarfile.ReadError(f"a header cannot be read ({type(error).__name__})") from None
+
 
 def leads_out(name: str) -> bool:
     """Nothing is ever unpacked, yet such a name is taken for a sign of a tar made to do harm."""
     return name.startswith("/") or ".." in name.split("/")
-
-
-@contextmanager
-def _as_damage() -> Iterator[None]:
-    """Of a header of garbage tarfile raises whatever the parsing of numbers, text and nested headers does."""
-    try:
-        yield
-    except (ValueError, OverflowError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise tarfile.ReadError(f"a header cannot be read ({type(error).__name__})") from None
