@@ -175,6 +175,8 @@ def _read_shard(path: Path, number: int, tokenizer: Tokenizer, *, merged: bool) 
                 counts += np.bincount(ids.astype(np.int64), minlength=tokenizer.vocab_size)
                 documents += len(lengths) - continued
                 number += 1
+    except UserError:
+        raise
     except tarfile.TarError as error:
         raise UserError(f"{path}: damaged or cut short ({one_line(error)}): {_AGAIN}") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
