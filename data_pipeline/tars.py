@@ -14,15 +14,20 @@ _SMALL_READ = 1 << 20
 
 
 class _Guarded:
-    """What tarfile sees of a file: a read that a damaged header asks for is refused where the file has not so much."""
+    """What tarfile sees of a file: places and sizes that a damaged header names are refused where it has no such."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
         self.failure: Exception | None = None  # of the file or its server: no damage to the tar
-        self.seek, self.tell = raw.seek, raw.tell
+        self.tell = raw.tell
         here = raw.tell()
         self._size = raw.seek(0, 2)
         raw.seek(here)
+
+    def seek(self, place: int) -> int:
+        if not 0 <= place <= self._size:
+            raise tarfile.ReadError("an entry ends behind the file")
+        return self._raw.seek(place)
 
     def read(self, number: int) -> bytes:
         # A negative size reads all there is, one of 2^60 asks for as much memory before a byte is read.
