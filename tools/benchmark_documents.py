@@ -1,31 +1,37 @@
 """What packed documents cost: the `documents` command of tools/benchmark.py.
 
-The score's forward and backward over windows of packed documents (doc_ids given), in time and in peak memory, against
+Forward and backward over windows of packed documents (doc_ids given), in time and in peak memory, against
   unpacked  the same tokens with no doc_ids: one document a window, which is the least the same shapes can cost
   apart     each document in a call of its own: the least arithmetic, in as many calls as there are documents
-for documents of several lengths. Peak memory is counted by sisa_dist's meter: live bytes of tensors, inputs left out;
-what a kernel of PyTorch's takes inside one call it does not see.
+for documents of several lengths: first of a whole model of --layers layers, then of the score alone. Peak memory is
+counted by sisa_dist's meter: live bytes of tensors, inputs left out; what a kernel of PyTorch's takes inside one call
+it does not see.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model import LM, build_model
 from sisa_dist.ops import causal_attention, sisa_attention
 from sisa_dist.training.memory_meter import MemoryMeter
 
-HEADS, D_H, D_S = 4, 64, 32
+HEADS, D_H, D_S, VOCAB = 4, 64, 32, 4096
+KINDS = ("one document", "mean 512", "mean 64", "log-normal")
 Run = Callable[[], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
 
 
@@ -46,28 +52,72 @@ def document_lengths(kind: str, total: int, seed: int) -> list[int]:
 
 
 def measure(arguments: argparse.Namespace, in_turns: Callable[[dict[str, Run], int], dict[str, float]]) -> dict:
-    figures: dict[str, Any] = {
-        "shape": f"B {arguments.windows}, T {arguments.length}, H {HEADS}, d_h {D_H}, d_s {D_S}, fp32"
-    }
+    windows, length = arguments.windows, arguments.length
+    shape = f"B {windows}, T {length}, H {HEADS}, d_h {D_H}, d_s {D_S}, fp32; model of {arguments.layers} layers"
+    figures: dict[str, Any] = {"shape": shape}
     for name in ("sisa bisected", "sisa single", "attention"):
-        tensors = _inputs(name, arguments.windows, arguments.length)
-        runs: dict[str, Run] = {"unpacked": _run(name, tensors, None)}
-        for kind in ("one document", "mean 512", "mean 64", "log-normal"):
-            rows = [document_lengths(kind, arguments.length, seed) for seed in range(arguments.windows)]
-            ids = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]
-            runs[kind] = _run(name, tensors, torch.stack(ids).to(tensors[0].device))
-            runs[f"{kind}, apart"] = _run_apart(name, tensors, rows)
-        seconds = in_turns(runs, arguments.rounds)
-        peaks = {run: _peak(runs[run], tensors) for run in runs}
-        figures[name] = {"unpacked": {"seconds": round(seconds["unpacked"], 4), "peak MB": peaks["unpacked"] / 1e6}}
-        for kind in runs:
-            if kind != "unpacked" and not kind.endswith("apart"):
-                figures[name][kind] = {
-                    "time / unpacked": round(seconds[kind] / seconds["unpacked"], 3),
-                    "memory / unpacked": round(peaks[kind] / peaks["unpacked"], 3),
-                    "time / apart": round(seconds[kind] / seconds[f"{kind}, apart"], 3),
-                }
+        model = _model(name, arguments.layers)
+        tokens = torch.randint(0, VOCAB, (windows, length), generator=torch.Generator().manual_seed(0))
+        tokens = tokens.to(model.embed.weight.device)
+        figures[f"model, {name}"] = _compare(
+            arguments, in_turns, list(model.parameters()), functools.partial(_run_model, model, tokens), None
+        )
+        tensors = _inputs(name, windows, length)
+        figures[f"score, {name}"] = _compare(
+            arguments,
+            in_turns,
+            tensors,
+            functools.partial(_run, name, tensors),
+            functools.partial(_run_apart, name, tensors),
+        )
     return figures
+
+
+def _compare(
+    arguments: argparse.Namespace,
+    in_turns: Callable[[dict[str, Run], int], dict[str, float]],
+    inputs: list[torch.Tensor],
+    run: Callable[[torch.Tensor | None], Run],
+    run_apart: Callable[[list[list[int]]], Run] | None,
+) -> dict[str, Any]:
+    runs: dict[str, Run] = {"unpacked": run(None)}
+    for kind in KINDS:
+        rows = [document_lengths(kind, arguments.length, seed) for seed in range(arguments.windows)]
+        ids = [torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in rows]
+        runs[kind] = run(torch.stack(ids).to(inputs[0].device))
+        if run_apart is not None:
+            runs[f"{kind}, apart"] = run_apart(rows)
+    seconds = in_turns(runs, arguments.rounds)
+    peaks = {name: _peak(runs[name], inputs) for name in ("unpacked", *KINDS)}
+    found: dict[str, Any] = {
+        "unpacked": {"seconds": round(seconds["unpacked"], 4), "peak MB": round(peaks["unpacked"] / 1e6, 1)}
+    }
+    for kind in KINDS:
+        found[kind] = {
+            "time / unpacked": round(seconds[kind] / seconds["unpacked"], 3),
+            "memory / unpacked": round(peaks[kind] / peaks["unpacked"], 3),
+        }
+        if run_apart is not None:
+            found[kind]["time / apart"] = round(seconds[kind] / seconds[f"{kind}, apart"], 3)
+    return found
+
+
+def _model(name: str, layers: int) -> LM:
+    width, path = HEADS * D_H, name.removeprefix("sisa ") if name != "attention" else "auto"
+    sizes = dict(vocab_size=VOCAB, d_model=width, n_layers=layers, n_heads=HEADS, d_ff=4 * width)
+    mixer = dict(mixer="attention") if name == "attention" else dict(mixer="sisa", d_s=D_S)
+    model = build_model(ModelConfig(**sizes, **mixer), attention=AttentionConfig(path=path))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _run_model(model: LM, tokens: torch.Tensor, doc_ids: torch.Tensor | None) -> Run:
+    def once() -> None:
+        loss, _ = model(tokens, tokens, doc_ids_BT=doc_ids)
+        torch.autograd.grad(loss, list(model.parameters()))
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+
+    return once
 
 
 def _inputs(name: str, windows: int, length: int) -> list[torch.Tensor]:
