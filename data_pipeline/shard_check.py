@@ -1,7 +1,8 @@
 """One shard, read once from front to back, against its rows of the index: every fault a line, none the last.
 
 A shard is checked as what it is to everybody: the bytes the index names are those that were written, and the tar
-around them is one that any other program reads. Holds a member, and 60 bytes for each name in the tar.
+around them is one that any other program reads (of others' shards, the bytes alone). Holds a member, and 60 bytes for
+each name in the tar.
 """
 
 from __future__ import annotations
@@ -65,28 +66,34 @@ class _Check:
         self.index, self.path, self.raw, self.report = index, path, raw, report
 
     def run(self, first: int, last: int) -> None:
-        member, notes = first, None
-        try:
-            for entry in self._entries():
-                if not entry.isreg():
-                    continue
-                if entry.name.endswith(".json") and not self.index.foreign:
-                    notes = entry.name, self._read(entry.offset_data, min(entry.size, _NOTES_BYTES))
-                    continue
-                stop = entry.offset_data + entry.size
-                while member < last and (block := self.index.block(member)).stop <= stop:
-                    if block.start < entry.offset_data:
-                        self._fault(member, "its bytes lie outside of every entry of the tar")
-                    elif not self.index.foreign and (block.start, block.stop) != (entry.offset_data, stop):
-                        self._fault(member, f"{entry.name} is not as long as the index says")
-                    segments = self._check(member)
-                    if segments is not None and not self.index.foreign:
-                        self._check_notes(member, entry.name, notes, segments)
-                    member, notes = member + 1, None
-        except tarfile.TarError as error:
-            self.report.faults.append(f"{self.path}: no whole tar, other programs cannot read it ({one_line(error)})")
-        for left in range(member, last):
+        self.member = first
+        if not self.index.foreign:  # whose other entries are theirs, and were judged when they were indexed
+            try:
+                self._walk(last)
+            except tarfile.TarError as error:
+                self.report.faults.append(
+                    f"{self.path}: no whole tar, other programs cannot read it ({one_line(error)})"
+                )
+        for left in range(self.member, last):
             self._check(left)
+
+    def _walk(self, last: int) -> None:
+        """The members that stand in the tar as they were written, and their notes."""
+        notes = None
+        for entry in self._entries():
+            if not entry.isreg():
+                continue
+            if entry.name.endswith(".json"):
+                notes = entry.name, self._read(entry.offset_data, min(entry.size, _NOTES_BYTES))
+                continue
+            stop = entry.offset_data + entry.size
+            while self.member < last and (block := self.index.block(self.member)).stop <= stop:
+                if (block.start, block.stop) != (entry.offset_data, stop):
+                    self._fault(self.member, f"{entry.name} does not stand where the index says")
+                segments = self._check(self.member)
+                if segments is not None:
+                    self._check_notes(self.member, entry.name, notes, segments)
+                self.member, notes = self.member + 1, None
 
     def _entries(self) -> Any:
         """The tar's entries, with a line for each that a careful program would not unpack."""
