@@ -26,6 +26,7 @@ from data_pipeline.tars import Tar, leads_out
 from sisa_dist.config import UserError
 
 _NOTES_BYTES = 64 << 20  # a .json beside a member is not read beyond: ten bytes a document
+_COUNT_AT_ONCE = 1 << 18  # ids
 _READ = 4 << 20  # at a time, over a network
 
 
@@ -64,6 +65,8 @@ def check_shard(
 class _Check:
     def __init__(self, index: Index, path: str, raw: IO[bytes], report: ShardReport) -> None:
         self.index, self.path, self.raw, self.report = index, path, raw, report
+        self._uncounted: list[NDArray[Any]] = []
+        self._num_uncounted = 0
 
     def run(self, first: int, last: int) -> None:
         self.member = first
@@ -76,6 +79,7 @@ class _Check:
                 )
         for left in range(self.member, last):
             self._check(left)
+        self._count_all()
 
     def _walk(self, last: int) -> None:
         """The members that stand in the tar as they were written, and their notes."""
@@ -126,22 +130,36 @@ class _Check:
         if ids.max() >= index.vocab_size:
             self._fault(member, f"holds the id {ids.max()} of a vocabulary of {index.vocab_size}")
             return None
-        self.report.token_counts += np.bincount(ids.astype(np.int64), minlength=index.vocab_size)
-        self.report.tokens += len(ids)
+        self._count(ids)
         try:
             segments = index.segments(member)
         except UserError as error:
             self.report.faults.append(f"{self.path}: member {member}: {error}")
             return None
         ends = np.flatnonzero(ids == index.eos_id) + 1
+        cuts = ends if len(ends) and ends[-1] == len(ids) else np.append(ends, len(ids))
         goes_on = member + 1 < len(index.members) and bool(index.members["continued"][member + 1])
-        if not np.array_equal(np.union1d(ends, [len(ids)]), np.cumsum(segments)):
+        if not np.array_equal(cuts, np.cumsum(segments)):
             self._fault(member, "its documents do not end where the index says")
             return None
         if goes_on and len(ends) and ends[-1] == len(ids):
             self._fault(member + 1, "goes on with a document that has ended")
             return None
         return segments
+
+    def _count(self, ids: NDArray[Any]) -> None:
+        """Counted many at a time: a table of the vocabulary for each small member would be most of the work."""
+        self.report.tokens += len(ids)
+        self._uncounted.append(ids)
+        self._num_uncounted += len(ids)
+        if self._num_uncounted >= _COUNT_AT_ONCE:
+            self._count_all()
+
+    def _count_all(self) -> None:
+        if self._uncounted:
+            ids = np.concatenate(self._uncounted).astype(np.int64)
+            self.report.token_counts += np.bincount(ids, minlength=self.index.vocab_size)
+        self._uncounted, self._num_uncounted = [], 0
 
     def _check_notes(
         self, member: int, name: str, notes: tuple[str, bytes] | None, segments: NDArray[np.int64]
