@@ -1,7 +1,8 @@
 """One shard, read once from front to back, against its rows of the index: every fault a line, none the last.
 
 A shard is checked as what it is to everybody: the bytes the index names are those that were written, and the tar
-around them is one that any other program reads. Holds a member, and 60 bytes for each name in the tar.
+around them is one that any other program reads (of others' shards, the bytes alone). Holds a member, and 60 bytes for
+each name in the tar.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from data_pipeline.tars import Tar, leads_out
 from sisa_dist.config import UserError
 
 _NOTES_BYTES = 64 << 20  # a .json beside a member is not read beyond: ten bytes a document
+_COUNT_AT_ONCE = 1 << 18  # ids
 _READ = 4 << 20  # at a time, over a network
 
 
@@ -63,30 +65,39 @@ def check_shard(
 class _Check:
     def __init__(self, index: Index, path: str, raw: IO[bytes], report: ShardReport) -> None:
         self.index, self.path, self.raw, self.report = index, path, raw, report
+        self._uncounted: list[NDArray[Any]] = []
+        self._num_uncounted = 0
 
     def run(self, first: int, last: int) -> None:
-        member, notes = first, None
-        try:
-            for entry in self._entries():
-                if not entry.isreg():
-                    continue
-                if entry.name.endswith(".json") and not self.index.foreign:
-                    notes = entry.name, self._read(entry.offset_data, min(entry.size, _NOTES_BYTES))
-                    continue
-                stop = entry.offset_data + entry.size
-                while member < last and (block := self.index.block(member)).stop <= stop:
-                    if block.start < entry.offset_data:
-                        self._fault(member, "its bytes lie outside of every entry of the tar")
-                    elif not self.index.foreign and (block.start, block.stop) != (entry.offset_data, stop):
-                        self._fault(member, f"{entry.name} is not as long as the index says")
-                    segments = self._check(member)
-                    if segments is not None and not self.index.foreign:
-                        self._check_notes(member, entry.name, notes, segments)
-                    member, notes = member + 1, None
-        except tarfile.TarError as error:
-            self.report.faults.append(f"{self.path}: no whole tar, other programs cannot read it ({one_line(error)})")
-        for left in range(member, last):
+        self.member = first
+        if not self.index.foreign:  # whose other entries are theirs, and were judged when they were indexed
+            try:
+                self._walk(last)
+            except tarfile.TarError as error:
+                self.report.faults.append(
+                    f"{self.path}: no whole tar, other programs cannot read it ({one_line(error)})"
+                )
+        for left in range(self.member, last):
             self._check(left)
+        self._count_all()
+
+    def _walk(self, last: int) -> None:
+        """The members that stand in the tar as they were written, and their notes."""
+        notes = None
+        for entry in self._entries():
+            if not entry.isreg():
+                continue
+            if entry.name.endswith(".json"):
+                notes = entry.name, self._read(entry.offset_data, min(entry.size, _NOTES_BYTES))
+                continue
+            stop = entry.offset_data + entry.size
+            while self.member < last and (block := self.index.block(self.member)).stop <= stop:
+                if (block.start, block.stop) != (entry.offset_data, stop):
+                    self._fault(self.member, f"{entry.name} does not stand where the index says")
+                segments = self._check(self.member)
+                if segments is not None:
+                    self._check_notes(self.member, entry.name, notes, segments)
+                self.member, notes = self.member + 1, None
 
     def _entries(self) -> Any:
         """The tar's entries, with a line for each that a careful program would not unpack."""
@@ -119,22 +130,36 @@ class _Check:
         if ids.max() >= index.vocab_size:
             self._fault(member, f"holds the id {ids.max()} of a vocabulary of {index.vocab_size}")
             return None
-        self.report.token_counts += np.bincount(ids.astype(np.int64), minlength=index.vocab_size)
-        self.report.tokens += len(ids)
+        self._count(ids)
         try:
             segments = index.segments(member)
         except UserError as error:
             self.report.faults.append(f"{self.path}: member {member}: {error}")
             return None
         ends = np.flatnonzero(ids == index.eos_id) + 1
+        cuts = ends if len(ends) and ends[-1] == len(ids) else np.append(ends, len(ids))
         goes_on = member + 1 < len(index.members) and bool(index.members["continued"][member + 1])
-        if not np.array_equal(np.union1d(ends, [len(ids)]), np.cumsum(segments)):
+        if not np.array_equal(cuts, np.cumsum(segments)):
             self._fault(member, "its documents do not end where the index says")
             return None
         if goes_on and len(ends) and ends[-1] == len(ids):
             self._fault(member + 1, "goes on with a document that has ended")
             return None
         return segments
+
+    def _count(self, ids: NDArray[Any]) -> None:
+        """Counted many at a time: a table of the vocabulary for each small member would be most of the work."""
+        self.report.tokens += len(ids)
+        self._uncounted.append(ids)
+        self._num_uncounted += len(ids)
+        if self._num_uncounted >= _COUNT_AT_ONCE:
+            self._count_all()
+
+    def _count_all(self) -> None:
+        if self._uncounted:
+            ids = np.concatenate(self._uncounted).astype(np.int64)
+            self.report.token_counts += np.bincount(ids, minlength=self.index.vocab_size)
+        self._uncounted, self._num_uncounted = [], 0
 
     def _check_notes(
         self, member: int, name: str, notes: tuple[str, bytes] | None, segments: NDArray[np.int64]

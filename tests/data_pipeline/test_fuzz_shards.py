@@ -103,7 +103,7 @@ NAMES = ["000000.tar", "000003.tar", "index.json", "members.npy", "segments.npy"
 def test_the_same_tokens_or_one_line(split: Path, scratch: Path, name: str) -> None:
     whole, expected, seen = (split / name).read_bytes(), read_all(split), {"same": 0, "refused": 0}
 
-    @settings(max_examples=120, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=70, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes=CHANGES)
     def run(changes: Changes) -> None:
         (scratch / name).write_bytes(damage(whole, changes))
@@ -117,7 +117,7 @@ def test_the_same_tokens_or_one_line(split: Path, scratch: Path, name: str) -> N
             seen["same"] += 1
 
     run()
-    assert seen["refused"] > 40
+    assert seen["refused"] > 25
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +125,7 @@ def test_verify_names_what_changed(split: Path, scratch: Path, name: str) -> Non
     """It ends, says something of each change that is one, and says nothing of none."""
     whole = (split / name).read_bytes()
 
-    @settings(max_examples=60, deadline=5000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes=CHANGES)
     def run(changes: Changes) -> None:
         content = damage(whole, changes)
@@ -161,7 +161,7 @@ def test_foreign_tars_are_indexed_as_they_are_or_one_line(tmp_path: Path) -> Non
     whole = write_tar(tmp_path / "a.tar", [(f"{i}.npy", npy(each)) for i, each in enumerate(ids)]).read_bytes()
     path, seen = tmp_path / "b.tar", {"read": 0, "refused": 0}
 
-    @settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes=CHANGES)
     def run(changes: Changes) -> None:
         content = damage(whole, changes)
@@ -181,7 +181,7 @@ def test_foreign_tars_are_indexed_as_they_are_or_one_line(tmp_path: Path) -> Non
             assert found.part.segments.sum() == found.part.members["tokens"].sum()  # type: ignore[attr-defined]
 
     run()
-    assert seen["read"] > 40 and seen["refused"] > 40
+    assert seen["read"] > 25 and seen["refused"] > 25
 
 
 def header(name: str, *, size: bytes = b"00000000000\0", kind: bytes = b"0") -> bytes:
