@@ -207,9 +207,12 @@ def last_begun(index: Index) -> tuple[str, int]:
     return Path(path).name, first[path]
 
 
-def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it(folder: Path, served: Served) -> None:
+@pytest.mark.parametrize("connections", [1, 8])
+def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it(
+    folder: Path, served: Served, connections: int
+) -> None:
     """The server sits on one shard until the test lets it go; all up to the step that needs it is served meanwhile."""
-    remote = open_remote(served)
+    remote = open_remote(served, RemoteSettings(retries=3, connections=connections))
     local = Index.load(folder / "train")
     name, due = last_begun(local)
     released = threading.Event()
@@ -232,7 +235,7 @@ def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it
         waiting.join(60)
         assert rows(late) == rows([next(plain)])
         assert rows([next(stream) for _ in range(10)]) == rows([next(plain) for _ in range(10)])
-    assert served.parallel > 2
+    assert served.parallel > 2 or connections == 1
 
 
 def test_a_missing_shard_stops_the_run_when_it_is_due_and_not_before(folder: Path, served: Served) -> None:
@@ -268,6 +271,23 @@ def test_what_is_asked_for_ahead_is_bounded_and_nothing_is_left_over(folder: Pat
             assert set(held) <= ahead, "left over: it would lie in memory till the next epoch"
             most = max(most, len(held))
     assert 2 < most <= len(ahead)
+
+
+def test_what_is_being_read_is_not_asked_for_again(folder: Path, served: Served) -> None:
+    """Else it comes a second time, when its reader has been served, and nobody takes it out of memory."""
+    remote = open_remote(served)
+    assert remote.remote is not None
+    released, shard = threading.Event(), remote.shards[0]["name"]
+    served.fault = lambda path, number: None if released.wait(60) else 500
+    reader = threading.Thread(target=remote.read_member, args=(0,))
+    reader.start()
+    until(lambda: any(path.endswith(shard) for path in served.requests))
+    remote.ask([0])
+    assert not remote.remote._asked
+    released.set()
+    reader.join(60)
+    remote.ask([0])
+    assert not remote.remote._asked and sum(path.endswith(shard) for path in served.requests) == 1
 
 
 def test_a_forked_process_reads_with_threads_of_its_own(folder: Path, served: Served) -> None:
