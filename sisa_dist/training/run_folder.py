@@ -30,6 +30,7 @@ _FREE = (
     "engine.overlap",
     "engine.check_every",
     "data.folder",
+    "data.on_missing",
     "data.cache_folder",
     "data.cache_gb",
     "data.retries",
