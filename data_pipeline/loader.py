@@ -127,6 +127,14 @@ class Loader:
         """Every slot of the global batch at `cursor`."""
         return [self.stage.place(window) for window in range(cursor, cursor + self._global)]
 
+    def digest(self, cursor: int) -> str:
+        """StepBatch.digest of the step at `cursor`, without reading it."""
+        return self._digest(self.window_ids(cursor))
+
+    def _digest(self, places: list[Place]) -> str:
+        ids = [tuple(place) for place in places] if self.stage.mixture else [(p.epoch, p.window) for p in places]
+        return hashlib.blake2b(f"{self.stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
+
     def traffic(self) -> dict[str, int] | None:
         """What this process asked of servers and disk cache so far, over its sources; None where all is local."""
         counts = [index.remote.fetcher.traffic.as_dict() for index in self._indexes.values() if index.remote]
@@ -160,8 +168,7 @@ class Loader:
             if found.found:
                 self._indexes[name].check_folder()
         batches = [stack(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
-        ids = [tuple(place) for place in places] if stage.mixture else [(p.epoch, p.window) for p in places]
-        digest = hashlib.blake2b(f"{stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
+        digest = self._digest(places)
         targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
         filled = sum(stage.sources[place.source].fill(place) for place in places)
         return StepBatch(

@@ -7,13 +7,14 @@ bisection beside the flash calls: 2·d_s of every d_h + d_s channels a level. Fo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sisa_dist.ops.backends import value_width
-from sisa_dist.ops.documents import crossing, mask_value
+from sisa_dist.ops.documents import crossing, mask_value, within_reach
 from sisa_dist.ops.leaf import Leaves
 from sisa_dist.ops.precision import exp_
 from sisa_dist.ops.spans import Level, as_complex, levels
@@ -91,9 +92,9 @@ class Operands:
             turned_B.narrow(2, 0, shape.tokens).mul_(turn_BGTm)
             self.C.view(shape.batch, shape.heads, -1).mul_(lam_over_scale[:, None])
         self.ssm = slice(d_h, d_h + d_s)
-        self.doc_q = self.doc_k = None
+        self.doc_q = self.doc_k = self.doc = None
         if doc_ids is not None:
-            held = self._hold(doc_ids[:, None])
+            held = self.doc = self._hold(doc_ids[:, None])
             self.doc_q, self.doc_k = (held.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
             self.mask = d_h + d_s
             self.mask_value = mask_value(scale, q.dtype)
@@ -145,6 +146,11 @@ class Operands:
             return later
         doc = self.in_leaves(self.doc_k).flatten(0, 1)
         return later | (doc[:, :, None] != doc[:, None, :])
+
+    def levels(self) -> Iterator[Level]:
+        """What to attend beside the leaves, small spans first."""
+        found = levels(self.shape.padded, self.shape.leaf)
+        return found if self.doc is None else within_reach(found, self.doc)
 
     def rectangle(self, level: Level) -> Rectangle:
         """The level re-based to its even spans' ends, where both factors are ≤ 1 and underflow to 0 is right."""
