@@ -94,6 +94,8 @@ def _in_rounds(places: dict[str, str], arguments: argparse.Namespace, total: int
                 row["warm"].append(warm["rates"][1])
                 row["start, s"].append(warm["start"])
                 row["resume, s"].append(_resume(job, warm["state"], arguments))
+                shown = ", ".join(f"{key} {values[-1]:.4g}" for key, values in row.items())
+                print(f"{name}, {workers}: {shown}", file=sys.stderr, flush=True)
     middle = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
     for name, row in middle.items():
         floor = middle.get(f"memory map, {name.rpartition(', ')[2]}")
