@@ -14,7 +14,7 @@ import torch
 from data_pipeline.index import Index
 from data_pipeline.order import Int64, Pieces
 from data_pipeline.source import Place, Places, Source
-from data_pipeline.window import IGNORE, Batch, fill_row
+from data_pipeline.window import IGNORE, Batch, Without, fill_row
 
 
 class Rows:
@@ -25,13 +25,19 @@ class Rows:
         self._tokens, self._labels, self._doc_ids = tokens, labels, doc_ids
         self._seq_len, self.targets = tokens.shape[1], 0
 
-    def read(self, source: Source, rows: Int64, places: Places) -> None:
-        """Reads the window at each of `places` into the row of the same place in `rows`, which rise."""
+    def read(self, source: Source, rows: Int64, places: Places, without: Without | None = None) -> None:
+        """Reads the window at each of `places` into the row of the same place in `rows`, which rise.
+
+        With a Without (see fill_row) every window goes window.py's way.
+        """
         index, length, found = source.index, self._seq_len, source.pieces(places)
+        if without is not None:
+            found = found._replace(members=np.full_like(found.members, -1))
         for number in np.flatnonzero(found.members < 0).tolist():
             row, place = int(rows[number]), Place(source.name, int(places.epochs[number]), int(places.windows[number]))
             doc_ids = None if self._doc_ids is None else self._doc_ids[row]
-            self.targets += fill_row(index, source.runs(place), self._tokens[row], self._labels[row], doc_ids)
+            tokens, labels = self._tokens[row], self._labels[row]
+            self.targets += fill_row(index, source.runs(place), tokens, labels, doc_ids, without=without)
         for at, member, start, follows in _joined(rows, found, length):
             ids, count = index.read_member(member), len(range(at.start, at.stop, at.step))
             stop = start + count * length
