@@ -28,6 +28,7 @@ setup() {
     local wanted stamp=$venv/.installed
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+    [ ! -L "$venv" ] || refuse "$venv is a link to another checkout's environment: remove it, or run ./launch.sh there"
     local python=${PYTHON:-python3} cpu=()
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         refuse "Python 3.11 or newer is needed: install it or name one with PYTHON=/path/to/python3"

@@ -33,6 +33,7 @@ from data_pipeline.manifest import (
     write_manifest,
 )
 from data_pipeline.passes import Decider, build_passes, evaluation_files
+from data_pipeline.places import is_url
 from data_pipeline.progress import Meter
 from data_pipeline.readers import BadDocument
 from data_pipeline.sampling import Sample, sample_slice
@@ -60,16 +61,22 @@ _NOTHING_TO_TRAIN_ON = (
 _SAMPLE_SEED = 0
 
 
-def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, sizes: Sizes = USUAL) -> Path:
+def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, sizes: Sizes = USUAL) -> Path | None:
     """Make the tokenizer and shards of `config` in its data folder and return that folder.
+
+    None where there is nothing to make: the folders of a mixture, and one at a URL, are prepared elsewhere.
 
     Returns at once where they stand already; goes on where a killed one stopped. Raises UserError where the folder
     holds data of other settings (and not `force`), an input is damaged, or no document falls into the held-out split.
     """
-    if config.data.mixture is not None:
-        raise UserError("data.mixture names folders that are prepared already: prepare each by a config of its own")
-    folder = config.data_folder
     console = Console(quiet=quiet, highlight=False)
+    if config.data.mixture is not None or is_url(config.data_place):
+        what = "a folder at a URL is" if config.data.mixture is None else "the folders of data.mixture are"
+        if force:
+            raise UserError(f"{what} not made here: prepare by a config of its own, into a local folder")
+        console.print(f"nothing to prepare: {what} prepared already")
+        return None
+    folder = config.data_folder
     made = read_manifest(folder)
     if made is not None and force and (made_by := made_elsewise(made)):
         raise UserError(f"{folder}: made by `{made_by}`, not from data.input: name another data.folder, or remove it")

@@ -50,7 +50,8 @@ def prepare(
     from data_pipeline.prepare import prepare as run
 
     folder = run(load_config(config, overrides or ()), force=force)
-    print(f"data: {folder}")
+    if folder is not None:
+        print(f"data: {folder}")
 
 
 @app.command()

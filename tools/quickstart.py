@@ -92,7 +92,7 @@ def _table(config: RunConfig, run: Path, results: dict[str, Any], plot: Path, se
         table.add_row("evaluation", str(run / "evaluation.json"))
     table.add_row("curves", str(plot))
     table.add_row("sample", str(run / "sample.txt"))
-    table.add_row("data and tokenizer", str(config.data_folder))
+    table.add_row("data and tokenizer", str(config.data_place))
     table.add_row("next: your own text", "./launch.sh quickstart --set data.input=FILES --set output_dir=runs/mine")
     table.add_row("next: the Transformer", "… --set model.mixer=attention --set model.d_s=null --set output_dir=…")
     table.add_row("next: ask it", f"sisa generate {run} --prompt 'class Reader:'")

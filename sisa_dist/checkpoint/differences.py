@@ -91,9 +91,28 @@ def carry_data(checkpoint: Path, state: TrainState, loader: Loader) -> TrainStat
         stage = loader.stage.carry(stored, state.stage, state.cursor)
     except UserError as error:
         raise UserError(f"{checkpoint}: its data cannot be continued: {error}") from None
-    change = _first_value(stored["order"], described["order"], "order")
-    _log.info("step %d: stage %d of the data begins: %s", state.step, stage["number"] + 1, change)
+    changes = _changes(stored["order"], described["order"]) + _sources(stored["order"], described["order"], stage)
+    _log.info("step %d: stage %d of the data begins: %s", state.step, stage["number"] + 1, "; ".join(changes))
     return replace(state, cursor=0, stage=stage, fingerprint=described["fingerprint"])
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Of two orders, what differs but for the sources."""
+    keys = sorted((old.keys() | new.keys()) - {"source", "mixture", "mixture_version", "packing_version"})
+    return [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _sources(old: Mapping[str, Any], new: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+    """Which sources are called otherwise, come in, or are read no more; `stage` has the old ones by their new names."""
+    before, shares = (order.get("mixture") or {order["source"]: None} for order in (old, new))
+    carried = dict(zip(before, stage["sources"], strict=True))
+    told = [f"source {name} is now called {called}" for name, called in carried.items() if name != called]
+    told += [f"source {name} comes in" for name in shares if name not in stage["sources"]]
+    told += [f"source {name} is read no more" for name, share in shares.items() if share == 0]
+    kept = {name: before[old_name] for old_name, name in carried.items()}
+    if kept != {name: shares[name] for name in kept}:
+        told.append(f"shares were {kept}, are {dict(shares)}")
+    return told
 
 
 def _first_piece(stored: Tokenizer, here: Tokenizer) -> str:

@@ -37,7 +37,7 @@ class SourceConfig(Section):
 
     folder: str  # prepared by `sisa prepare` with a config of its own; also http(s):// or s3://
     weight: NonNegativeFloat | None = None  # 0: known, but not read
-    tokens: PositiveInt | None = None  # the most this stage of the run may read of it
+    tokens: PositiveInt | None = None  # the most this stage of the run may read of it, to a window and 1 %
     max_epochs: PositiveFloat | None = None  # a run that would read it more often is refused at its start
 
     @_model_validator(mode="after")

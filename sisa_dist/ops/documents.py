@@ -105,7 +105,7 @@ class _InDocuments(torch.autograd.Function):
         return suffix_sums(grad, ctx.segments).to(ctx.dtype), None, None
 
 
-def sums_in_documents(x_BGT: Tensor, segments: Segments, sums: Callable[[Tensor], Tensor]) -> Tensor:
+def sums_in_documents(x_BGT: Tensor, segments: Segments | None, sums: Callable[[Tensor], Tensor]) -> Tensor:
     """`sums`, running sums along dim 2 of `[B, H_kv, T, ...]`, of which only differences inside a document are used.
 
     Autograd's reverse sum would hand each document's rounding error to all documents before it: here they get 0.

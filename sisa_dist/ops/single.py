@@ -15,7 +15,7 @@ from torch import Tensor
 from sisa_dist.ops.attention import flash_sdpa, packed_attention
 from sisa_dist.ops.documents import Segments, sums_in_documents
 from sisa_dist.ops.precision import work_dtype
-from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
+from sisa_dist.ops.rotation import expand_kv, rotate
 from sisa_dist.ops.spans import decay_sums, phase_turns
 
 
@@ -41,13 +41,9 @@ def sisa_single(
     """
     H, dtype = q_BHTd.shape[1], q_BHTd.dtype
     work = work_dtype(dtype)
-    if doc_ids_BT is None:
-        g_BGT = running_sum(log_alpha_BGT, dim=-1)
-        middle = (g_BGT[..., :1] + g_BGT[..., -1:]) / 2
-        cos, sin = phase_cos_sin(running_sum(theta_BGTm, dim=-2), dtype=work)
-    else:
-        g_BGT, middle, angle = _of_documents(log_alpha_BGT, theta_BGTm, Segments.of(doc_ids_BT), work=work)
-        cos, sin = angle.cos(), angle.sin()
+    segments = None if doc_ids_BT is None else Segments.of(doc_ids_BT)
+    g_BGT, middle, angle = _sums(log_alpha_BGT, theta_BGTm, segments, work=work)
+    cos, sin = angle.cos(), angle.sin()
     # Any c is exact; the middle of the range spends it evenly on both factors. It carries no gradient.
     rise_BGT1 = (g_BGT - middle.detach()).to(work)[..., None]
     B_bar = rotate(B_BGTs.to(work), cos, sin) * torch.exp(-rise_BGT1)
@@ -60,16 +56,19 @@ def sisa_single(
     return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, backend=backend)
 
 
-def _of_documents(
-    log_alpha_BGT: Tensor, theta_BGTm: Tensor, segments: Segments, *, work: torch.dtype
+def _sums(
+    log_alpha_BGT: Tensor, theta_BGTm: Tensor, segments: Segments | None, *, work: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """g, the middle of each token's document's range of it, and Φ in [−π, π] from the document's first token.
+    """g, the middle of each token's document's range of it, and Φ in [−π, π].
 
-    By the exact sums of the bisected path, so that no document moves a bit of another.
+    By the exact sums of the bisected path, with documents or without: no document then moves a bit of another, and one
+    that is packed has the sums it has alone.
     """
     g_BGT = sums_in_documents(log_alpha_BGT, segments, lambda x: decay_sums(x, work=work))
-    first, last = (g_BGT.gather(2, edge[:, None].expand_as(g_BGT)) for edge in segments)
-    angle = sums_in_documents(
-        theta_BGTm, segments, lambda x: phase_turns(x, segments.first, work=work).mul_(2 * math.pi)
-    )
+    first_BT = None if segments is None else segments.first
+    angle = sums_in_documents(theta_BGTm, segments, lambda x: phase_turns(x, first_BT, work=work).mul_(2 * math.pi))
+    if segments is None:
+        first, last = g_BGT[..., :1], g_BGT[..., -1:]
+    else:
+        first, last = (g_BGT.gather(2, edge[:, None].expand_as(g_BGT)) for edge in segments)
     return g_BGT, (first + last) / 2, angle

@@ -42,19 +42,18 @@ def evaluate_checkpoint(
     config = load_config(checkpoint / "config.yaml", overrides)
     check_tp(config.model, config.parallel.tp)
     tokenizer = load_tokenizer(checkpoint, max_vocab_size=config.model.vocab_size)
-    held_out = _open_all(config, tokenizer, checkpoint)
+    held_out, without = _open_all(config, tokenizer, checkpoint)
     asked = config.evaluation
-    if isinstance(held_out, str) and asked.lambada is None and not asked.niah:
-        raise UserError(f"nothing to evaluate: {held_out}, and neither evaluation.lambada nor evaluation.niah is set")
+    if not held_out and asked.lambada is None and not asked.niah:
+        why = "; ".join(without.values())
+        raise UserError(f"nothing to evaluate: {why}, and neither evaluation.lambada nor evaluation.niah is set")
     timeout = timedelta(minutes=config.training.timeout_minutes)
     mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
     engine = build_engine(config, mesh)
     load_weights(checkpoint, engine, model=config.model, tokenizer=tokenizer, mesh=mesh)
     results: dict[str, Any] = {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
     quiet = quiet or not mesh.is_main
-    if isinstance(held_out, str):
-        results |= evaluate(config, engine, tokenizer, None, quiet=quiet) | {"skipped": {"perplexity": held_out}}
-    elif config.data.mixture is None:
+    if held_out and config.data.mixture is None:
         ((train, validation),) = held_out.values()
         windows = asked.perplexity_windows
         batches = held_out_batches(config, validation, engine, batch_size=asked.batch_size, max_windows=windows)
@@ -62,7 +61,13 @@ def evaluate_checkpoint(
         results["perplexity"]["unigram_perplexity"] = _baseline(config, train, validation)
     else:
         results |= evaluate(config, engine, tokenizer, None, quiet=quiet)
-        results["perplexity"] = _of_sources(config, held_out, engine, tokenizer, quiet=quiet)
+        if held_out:
+            results["perplexity"] = _of_sources(config, held_out, engine, tokenizer, quiet=quiet)
+    if without:
+        results["skipped"] = {
+            "perplexity" if config.data.mixture is None else f"perplexity of {name}": why
+            for name, why in without.items()
+        }
     if mesh.is_main:
         write_results(path, results)
     return results, path
@@ -71,7 +76,7 @@ def evaluate_checkpoint(
 def _of_sources(
     config: RunConfig, held_out: Mapping[str, tuple[Index, Index]], engine: Engine, tokenizer: Tokenizer, *, quiet: bool
 ) -> dict[str, Any]:
-    """Loss and perplexity of a mixture, by its shares, and all that is known of each source under `sources`."""
+    """All that is known of each source under `sources`; with all of them, loss and perplexity of the mixture."""
     shares, found = config.data.shares or {}, {}
     asked = config.evaluation
     for name, (train, validation) in held_out.items():
@@ -80,41 +85,47 @@ def _of_sources(
         )
         found[name] = asdict(perplexity(engine, batches, tokenizer=tokenizer, quiet=quiet))
         found[name]["unigram_perplexity"] = _baseline(config, train, validation)
+    if found.keys() != {name for name, share in shares.items() if share}:
+        return {"sources": found}  # a loss of some would pass for that of the mixture
     loss = sum(shares[name] * found[name]["loss"] for name in found) / sum(shares[name] for name in found)
     return {"loss": loss, "perplexity": exp(loss), "sources": found}
 
 
-def _open_all(config: RunConfig, tokenizer: Tokenizer, checkpoint: Path) -> dict[str, tuple[Index, Index]] | str:
-    """(train, validation) of each source that is read and has held-out text, or why there is none."""
+def _open_all(
+    config: RunConfig, tokenizer: Tokenizer, checkpoint: Path
+) -> tuple[dict[str, tuple[Index, Index]], dict[str, str]]:
+    """(train, validation) of each source that is read and has held-out text; of the others, why there is none."""
+    remote = remote_settings(config.data)
     if config.data.mixture is None:
         # The run may have been moved since, or this may be another folder than it was trained from.
         data = data_place(config.data.folder) if config.data.folder else run_folder_of(checkpoint) / "data"
-        held_out = _open_held_out(data, tokenizer, checkpoint, remote_settings(config.data))
-        return held_out if isinstance(held_out, str) else {ONLY: held_out}
-    found, missing = {}, []
-    for name, share in (config.data.shares or {}).items():
-        if share:
-            opened = _open_held_out(
-                data_place(config.data.mixture[name].folder), tokenizer, checkpoint, remote_settings(config.data)
-            )
-            if isinstance(opened, str):
-                missing.append(opened)
-            else:
-                found[name] = opened
-    return found or "; ".join(missing)
+        places = {ONLY: (data, "data.folder")}
+    else:
+        places = {
+            name: (data_place(config.data.mixture[name].folder), f"data.mixture.{name}.folder")
+            for name, share in (config.data.shares or {}).items()
+            if share
+        }
+    opened = {
+        name: _open_held_out(place, tokenizer, checkpoint, remote, key=key) for name, (place, key) in places.items()
+    }
+    return (
+        {name: found for name, found in opened.items() if not isinstance(found, str)},
+        {name: found for name, found in opened.items() if isinstance(found, str)},
+    )
 
 
 def _open_held_out(
-    folder: Place, tokenizer: Tokenizer, checkpoint: Path, remote: RemoteSettings
+    folder: Place, tokenizer: Tokenizer, checkpoint: Path, remote: RemoteSettings, *, key: str
 ) -> tuple[Index, Index] | str:
     """(train, validation), or why there is no held-out text."""
     train = open_split(folder, "train", remote=remote, absent_ok=True)  # only its counts are read
     if train is None:
-        return f"no prepared data in {folder} (set data.folder to where it is)"
+        return f"no prepared data in {folder} (set {key} to where it is)"
     validation = open_split(folder, "validation", remote=remote)
     if any(split.tokenizer_sha256 != tokenizer.sha256 for split in (train, validation) if split is not None):
         raise UserError(
-            f"{folder}: made with another tokenizer than {checkpoint} was trained with: set data.folder to data "
+            f"{folder}: made with another tokenizer than {checkpoint} was trained with: set {key} to data "
             f"prepared with data.tokenizer.path={tokenizer.path}"
         )
     if validation is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, Loader, validation_batches
 from data_pipeline.manifest import check_settings
+from data_pipeline.mixture import PERIOD
 from data_pipeline.places import data_place
 from data_pipeline.prepared import open_split, remote_settings, small_files
 from data_pipeline.tokenizer import Tokenizer
@@ -98,13 +99,21 @@ def check_limits(config: RunConfig, loader: Loader, *, windows: int) -> None:
             f"data.mixture: {planned:,} tokens are planned (training.steps) and the sources' tokens sum to {budget:,}: "
             f"lower training.steps by {-(-(planned - budget) // config.training.global_batch_tokens)}, or raise tokens"
         )
+    for name, served in loader.stage.counts(windows).items():
+        most = mixture[name].tokens if name in mixture else None
+        planned = served * config.training.seq_len
+        if most is not None and planned > 1.01 * most + config.training.seq_len:  # windows are whole, shares rounded
+            raise UserError(
+                f"data.mixture.{name}: {planned:,} tokens are planned and its tokens are {most:,}: shares are rounded "
+                f"to 1 in {PERIOD}, this one by too much; raise its tokens, lower training.steps, or leave it out"
+            )
     for name, epochs in loader.stage.epochs(windows).items():
-        most = mixture[name].max_epochs if name in mixture else None
-        if most is not None and epochs > most:
+        allowed = mixture[name].max_epochs if name in mixture else None
+        if allowed is not None and epochs > allowed:
             source, served = loader.stage.sources[name], loader.stage.counts(windows)[name]
             raise UserError(
-                f"data.mixture.{name}: {epochs:.2f} epochs are planned and max_epochs is {most:g}: {served:,} windows, "
-                f"of {source.windows:,} an epoch; lower its share, lower training.steps, or raise max_epochs"
+                f"data.mixture.{name}: {epochs:.2f} epochs are planned and max_epochs is {allowed:g}: {served:,} "
+                f"windows, of {source.windows:,} an epoch; lower its share, lower training.steps, or raise max_epochs"
             )
 
 

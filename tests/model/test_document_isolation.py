@@ -69,7 +69,9 @@ def several_levels(monkeypatch: pytest.MonkeyPatch) -> None:
 def build(mixer: str, path: str, option: str, *, decay: float = 0.0, dtype: torch.dtype = torch.float32) -> LM:
     """`decay`: what b_α is moved by. At 6, log α is about −1.3 nats a token, a third of the tokens beyond −2."""
     values: dict[str, Any] = dict(vocab_size=61, vocab_multiple=16, d_model=32, n_layers=2, n_heads=4, d_ff=48)
-    config = ModelConfig(**(values | {"mixer": mixer, "init_std": 0.1} | ROWS[mixer][0] | OPTIONS[option]))
+    # At 0.2 the fp32 gradient of b_α, a sum that cancels, is 1.05e-5 off; fp64 has room for it.
+    std = 0.2 if dtype == torch.float64 else 0.1
+    config = ModelConfig(**(values | {"mixer": mixer, "init_std": std} | ROWS[mixer][0] | OPTIONS[option]))
     model = build_model(config, attention=AttentionConfig(path=path, leaf=LEAF), seed=1)  # type: ignore[arg-type]
     with torch.no_grad():
         for block in model.blocks:
@@ -116,7 +118,7 @@ def assert_gradients_close(model: LM, got: Sequence[Tensor], want: Sequence[Tens
         assert_close(name, a, b, tolerance, scales[name.rpartition(".")[0]])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("mixer", "path", "option"), GRID)
 def test_packed_is_apart(mixer: str, path: str, option: str, dtype: torch.dtype, tolerance: float) -> None:
     tokens, labels, doc_ids, places = packed()

@@ -75,6 +75,12 @@ def test_a_mixture_trains_counts_its_epochs_and_resumes(tiny: RunConfig, second:
     branch = changed(config, tmp_path / "b", start={"resume": str(list_checkpoints(run)[0])})
     train(branch, quiet=True)
     assert losses(tmp_path / "b") == losses(run)[6:]
+    nowhere = f"data.mixture.tests.folder={tmp_path / 'nowhere'}"
+    part, _ = evaluate_checkpoint(run, [nowhere], quiet=True)
+    assert part["perplexity"].keys() == {"sources"} and part["perplexity"]["sources"].keys() == {"ours"}
+    assert "set data.mixture.tests.folder to where it is" in part["skipped"]["perplexity of tests"]
+    with pytest.raises(UserError, match=r"nothing to evaluate: .*set data\.mixture\.ours\.folder to where it is"):
+        evaluate_checkpoint(run, [nowhere, f"data.mixture.ours.folder={tmp_path / 'nowhere'}"], quiet=True)
     results, _ = evaluate_checkpoint(run, quiet=True)
     assert results["perplexity"]["sources"]["tests"]["unigram_perplexity"] > 1
     assert results["perplexity"]["loss"] == pytest.approx(
@@ -98,6 +104,9 @@ def test_too_many_epochs_or_tokens_are_refused_before_the_first_step(
     with pytest.raises(UserError, match=r"2,048 tokens are planned .* sum to 1,800: lower training\.steps by 1"):
         train(mixed(tiny, tmp_path / "b", budget), quiet=True)
     train(mixed(tiny, tmp_path / "b", budget, training={"steps": 7}), quiet=True)
+    uneven = {"ours": budget["ours"] | {"tokens": 10_000_000}, "tests": budget["tests"] | {"tokens": 960}}
+    with pytest.raises(UserError, match=r"data\.mixture\.tests: [\d,]+ tokens are planned and its tokens are 960"):
+        train(mixed(tiny, tmp_path / "c", uneven, training={"steps": 39_000}), quiet=True)
 
 
 def test_folders_of_two_tokenizers_are_named(tiny: RunConfig, tmp_path: Path) -> None:
@@ -109,8 +118,21 @@ def test_folders_of_two_tokenizers_are_named(tiny: RunConfig, tmp_path: Path) ->
     sources["b"]["folder"] = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"data\.mixture\.b: .*absent: no prepared data here"):
         train(mixed(tiny, tmp_path / "run", sources), quiet=True)
-    with pytest.raises(UserError, match="prepare each by a config of its own"):
-        prepare(mixed(tiny, tmp_path / "run", sources), quiet=True)
+
+
+def test_there_is_nothing_to_prepare_where_folders_are_made_elsewhere(
+    tiny: RunConfig, second: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """launch.sh prepares before every training."""
+    sources = {"a": {"folder": tiny.data.folder, "weight": 1}, "b": {"folder": second, "weight": 1}}
+    for config in (
+        mixed(tiny, tmp_path / "run", sources),
+        changed(tiny, tmp_path / "run", data={"folder": "https://host/data"}),
+    ):
+        assert prepare(config) is None
+        assert capsys.readouterr().out.startswith("nothing to prepare: ")
+        with pytest.raises(UserError, match="prepare by a config of its own"):
+            prepare(config, force=True)
 
 
 def test_best_fit_trains_and_says_how_much_is_padding(tiny: RunConfig) -> None:
@@ -122,7 +144,9 @@ def test_best_fit_trains_and_says_how_much_is_padding(tiny: RunConfig) -> None:
     assert all(step["tokens"] <= 256 * step["step"] for step in steps)
 
 
-def test_sequence_length_packing_and_sources_change_in_mid_run(tiny: RunConfig, second: str, tmp_path: Path) -> None:
+def test_sequence_length_packing_and_sources_change_in_mid_run(
+    tiny: RunConfig, second: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Refused without the explicit key; with it, the new stage begins with what is unread, and resumes to the bit."""
     first = train(tiny, quiet=True)
     resume = {"resume": str(list_checkpoints(first)[0])}
@@ -152,7 +176,11 @@ def test_sequence_length_packing_and_sources_change_in_mid_run(tiny: RunConfig, 
         data={"packing": "best_fit"},
         training={"steps": 20, "seq_len": 128},
     )
-    train(third, quiet=True)
+    with caplog.at_level("INFO", logger="sisa_dist"):
+        train(third, quiet=True)
+    (told,) = [record.message for record in caplog.records if "of the data begins" in record.message]
+    assert "stage 3" in told and "packing was None, is 'best_fit'" in told
+    assert "source train is now called ours; source tests comes in" in told and "seq_len" not in told
     state = read_state(list_checkpoints(tmp_path / "third")[-1])
     assert state.stage is not None and state.stage["number"] == 2 and state.cursor == 6 * 2
     assert state.stage["sources"].keys() == {"ours"}
