@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config, parse_config
 from sisa_dist.training.evaluate import evaluate_checkpoint
 from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.run_data import open_data
 from sisa_dist.training.trainer import train
 
 
@@ -98,6 +100,16 @@ def test_too_many_epochs_or_tokens_are_refused_before_the_first_step(
     with pytest.raises(UserError, match=r"2,048 tokens are planned .* sum to 1,800: lower training\.steps by 1"):
         train(mixed(tiny, tmp_path / "b", budget), quiet=True)
     train(mixed(tiny, tmp_path / "b", budget, training={"steps": 7}), quiet=True)
+
+
+def test_the_same_data_twice_in_a_mixture_is_named(tiny: RunConfig, tmp_path: Path) -> None:
+    assert tiny.data.folder is not None
+    copy = str(shutil.copytree(tiny.data.folder, tmp_path / "copy"))
+    sources = {"a": {"folder": tiny.data.folder, "weight": 1}, "b": {"folder": copy, "weight": 1}}
+    with pytest.raises(UserError, match=r"data\.mixture: a and b hold the same data, which would be read twice"):
+        open_data(mixed(tiny, tmp_path / "run", sources))
+    sources["b"]["weight"] = 0  # kept for a stage that read it before
+    assert open_data(mixed(tiny, tmp_path / "run", sources)).sources.keys() == {"a", "b"}
 
 
 def test_folders_of_two_tokenizers_are_named(tiny: RunConfig, tmp_path: Path) -> None:
