@@ -90,7 +90,10 @@ def carry_data(checkpoint: Path, state: TrainState, loader: Loader) -> TrainStat
     try:
         stage = loader.stage.carry(stored, state.stage, state.cursor)
     except UserError as error:
-        raise UserError(f"{checkpoint}: its data cannot be continued: {error}") from None
+        raise UserError(
+            f"{checkpoint}: its data cannot be continued: {error}, or start anew from its weights (another output_dir, "
+            f"start.weights={checkpoint})"
+        ) from None
     change = _first_value(stored["order"], described["order"], "order")
     _log.info("step %d: stage %d of the data begins: %s", state.step, stage["number"] + 1, change)
     return replace(state, cursor=0, stage=stage, fingerprint=described["fingerprint"])

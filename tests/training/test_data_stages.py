@@ -172,6 +172,19 @@ def test_sequence_length_packing_and_sources_change_in_mid_run(tiny: RunConfig, 
     assert read_metrics(tmp_path / "third")["train"][-1]["epochs"]["ours"] > epochs[-1]
 
 
+def test_data_made_anew_is_not_continued(tiny: RunConfig, second: str, tmp_path: Path) -> None:
+    """Under its old name too: the old data or the weights alone are what one can go on with."""
+    run = train(tiny, quiet=True)
+    start = {"resume": str(run), "data": "continue"}
+    other = changed(tiny, tmp_path / "other", start=start, data=DEFAULTS | {"validation_fraction": 0.01})
+    mixture = {"train": {"folder": second, "weight": 1}}
+    with pytest.raises(
+        UserError, match=r"source train holds other data .*: give the old data .*start\.weights="
+    ) as error:
+        train(mixed(other, tmp_path / "other", mixture), quiet=True)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_goes_on_in_its_own_folder_in_a_new_order(tiny: RunConfig) -> None:
     train(tiny, quiet=True)
     other = changed(tiny, data={"lanes": 5}, training={"steps": 10}, start={"data": "continue"})
