@@ -222,7 +222,8 @@ class Index:
             raise UserError(
                 f"{block.url}: {block.name} holds the id {found.max()} of a vocabulary of {self.vocab_size}: {AGAIN}"
             )
-        self._seen.accept(member, payload)
+        if not is_url(block.url):  # the hash of what lies at a URL is checked at every read
+            self._seen.accept(member, payload)
         return found
 
     def block(self, member: int) -> Block:

@@ -92,7 +92,10 @@ def check_settings(folder: Path, config: RunConfig, *, model: bool = False) -> N
     if made_by := made_elsewise(made):
         _check_derived(folder, config, made, made_by)
         return
-    for key, value in _settings(config).items():
+    settings = _settings(config)
+    if made["settings"].get("format") != settings["format"]:
+        raise UserError(f"{folder}: made by another version, in another format: make it anew by `sisa prepare --force`")
+    for key, value in settings.items():
         old = made["settings"].get(key)
         if old != value and (model or not key.startswith("model.")):
             raise UserError(f"{folder}: made with other settings ({key} was {old!r} and is now {value!r}): {_REMEDY}")

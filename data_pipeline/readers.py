@@ -23,6 +23,7 @@ from data_pipeline.zst import ZstReader
 from sisa_dist.config import UserError
 
 AGAIN = "fetch or write it again, or leave it out of data.input"
+NO_TEXT = "sample without text"
 _BATCH_ROWS = 256  # of parquet, decoded at once
 _SKIP_BYTES = 1 << 20
 
@@ -50,6 +51,7 @@ class BadDocument(UserError):
 
 
 Bad = Callable[[BadDocument], None]
+Passed = Callable[[str], None]  # counts what is passed over by right, by reason
 Placed = tuple[int, Document]  # the place grows along the file and is the same however the file is sliced
 
 
@@ -168,10 +170,11 @@ def read_hub(file: InputFile, start: int, stop: int | None, text_key: str, bad: 
             yield from _place(file, part << 40 | row, values, text_key, bad)
 
 
-def read_tar(file: InputFile, raw: IO[bytes], text_key: str, bad: Bad) -> Iterator[Placed]:
+def read_tar(file: InputFile, raw: IO[bytes], text_key: str, bad: Bad, passed: Passed) -> Iterator[Placed]:
     """One document a sample; a sample is a run of members with one name before the first dot, as webdataset has it.
 
-    The place is the sample's number. Holds about 60 bytes a sample, to see a key that comes twice.
+    A sample of other files alone, as images beside texts are, goes to `passed`. The place is the sample's number. Holds
+    about 60 bytes a sample, to see a key that comes twice.
     """
     tar = Tar(raw)
     sample, number, seen = _Sample(""), 0, set[int]()
@@ -179,17 +182,20 @@ def read_tar(file: InputFile, raw: IO[bytes], text_key: str, bad: Bad) -> Iterat
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         if f"{folder}/{stem}" != sample.key:
-            yield from sample.document(file, number, text_key, seen, bad)
+            yield from sample.document(file, number, text_key, seen, bad, passed)
             sample, number = _Sample(f"{folder}/{stem}"), number + 1
-        if extension in ("txt", "json") and not member.isdir():
+        if member.isdir():
+            continue
+        sample.empty = False
+        if extension in ("txt", "json"):
             sample.add(tar.file, member, extension)
-    yield from sample.document(file, number, text_key, seen, bad)
+    yield from sample.document(file, number, text_key, seen, bad, passed)
     tar.check_end()
 
 
 class _Sample:
     def __init__(self, key: str) -> None:
-        self.key = key
+        self.key, self.empty = key, True
         self._parts: dict[str, tuple[str, bytes]] = {}
         self._fault: tuple[_Fault, str] | None = None
 
@@ -205,9 +211,13 @@ class _Sample:
             assert content is not None  # None only for what is no file
             self._parts[extension] = (member.name, content.read())
 
-    def document(self, file: InputFile, number: int, text_key: str, seen: set[int], bad: Bad) -> Iterator[Placed]:
+    def document(
+        self, file: InputFile, number: int, text_key: str, seen: set[int], bad: Bad, passed: Passed
+    ) -> Iterator[Placed]:
         """The .txt; the .json beside a .txt is taken for metadata and not read."""
         if not self._parts and self._fault is None:
+            if not self.empty:
+                passed(NO_TEXT)
             return
         digest = int.from_bytes(hashlib.blake2b(self.key.encode("utf-8", "surrogateescape"), digest_size=8).digest())
         if digest in seen and self._fault is None:

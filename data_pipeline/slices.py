@@ -19,6 +19,7 @@ from data_pipeline.building import Interrupted
 from data_pipeline.inputs import InputFile, one_line, open_input
 from data_pipeline.readers import (
     AGAIN,
+    NO_TEXT,
     BadDocument,
     Document,
     Placed,
@@ -34,6 +35,7 @@ from data_pipeline.readers import (
 from sisa_dist.config import UserError
 
 OnBad = Literal["stop", "skip"]
+NOT_BAD = ("empty", NO_TEXT)  # counted whatever on_bad says
 _EXAMPLES = 3  # lines that say what was skipped
 _EXPANSION = {".jsonl.gz": 4, ".jsonl.zst": 4, ".parquet": 3}  # text in a compressed byte, roughly
 
@@ -112,7 +114,7 @@ class SliceReader:
         self, files: Sequence[InputFile], spans: Sequence[Span], *, text_key: str, on_bad: OnBad = "stop"
     ) -> None:
         self._files, self._spans, self._text_key, self._on_bad = files, spans, text_key, on_bad
-        self.skipped: Counter[str] = Counter()  # by reason; "empty" counts whatever on_bad says
+        self.skipped: Counter[str] = Counter()  # by reason
         self.examples: list[str] = []
         self.documents: Counter[int] = Counter()  # by number of the file, of those read in several slices
         self._done = 0
@@ -120,7 +122,7 @@ class SliceReader:
 
     @property
     def _num_bad(self) -> int:
-        return sum(self.skipped.values()) - self.skipped["empty"]
+        return sum(number for reason, number in self.skipped.items() if reason not in NOT_BAD)
 
     @property
     def bytes_read(self) -> int:
@@ -155,6 +157,10 @@ class SliceReader:
         self.skipped[error.reason] += 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(str(error))
+
+    def _passed(self, reason: str) -> None:
+        assert reason in NOT_BAD
+        self.skipped[reason] += 1
 
     def _read(self, file: InputFile, span: Span) -> Iterator[Placed]:
         try:
@@ -197,7 +203,7 @@ class SliceReader:
         elif file.kind == ".parquet":
             yield from read_parquet(file, raw, span.start, span.stop, key, self.bad)
         elif file.kind == ".tar":
-            yield from read_tar(file, raw, key, self.bad)
+            yield from read_tar(file, raw, key, self.bad, self._passed)
         elif file.kind == ".txt":
             yield from read_txt(file, raw, self.bad)
         else:

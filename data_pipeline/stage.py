@@ -121,7 +121,10 @@ class Stage:
         """
         order = described["order"]
         if order["version"] != ORDER_VERSION or order.get("packing_version", PACKING_VERSION) != PACKING_VERSION:
-            raise UserError(f"its data order is version {order['version']}, which this version cannot go on with")
+            raise UserError(
+                f"its data order is version {order['version']}, which this version cannot go on with: use the one that "
+                "wrote it"
+            )
         indexes = {name: source.index for name, source in self.sources.items()}
         renamed = _renamed(described, indexes)
         before = Stage(
@@ -163,6 +166,11 @@ def _renamed(described: Mapping[str, Any], indexes: Mapping[str, Index]) -> dict
     found: dict[str, str] = {}
     for name, wanted in old.items():
         same = [new for new, index in indexes.items() if identity(index, name) == wanted and new not in found.values()]
+        if not same and name in indexes:
+            raise UserError(
+                f"its source {name} holds other data here, made anew since or of another folder: give the old data (in "
+                "data.mixture with weight 0 if it is to be read no more)"
+            )
         if not same:
             raise UserError(
                 f"its source {name} is none of the data here ({', '.join(indexes)}): give its folder in data.mixture, "

@@ -22,7 +22,7 @@ from data_pipeline.holdout import split_document, split_value
 from data_pipeline.inputs import InputFile
 from data_pipeline.passes import Drop, Pass, Verdict, examine
 from data_pipeline.runs import Run, RunWriter, shuffle_key
-from data_pipeline.slices import OnBad, SliceReader, Span
+from data_pipeline.slices import NOT_BAD, OnBad, SliceReader, Span
 from data_pipeline.tokenizer import Tokenizer, token_dtype
 from data_pipeline.tokenizer_card import Fertility
 from data_pipeline.workers import Report
@@ -72,7 +72,7 @@ class SliceNotes:
 
     @property
     def bad(self) -> bool:
-        return any(number for reason, number in self.skipped.items() if reason != "empty")
+        return any(number for reason, number in self.skipped.items() if reason not in NOT_BAD)
 
     def run(self, folder: Path, number: int, split: str) -> Run:
         return Run(folder / f"{number:06d}.{split}", self.runs[split])

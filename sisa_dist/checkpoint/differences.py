@@ -90,7 +90,10 @@ def carry_data(checkpoint: Path, state: TrainState, loader: Loader) -> TrainStat
     try:
         stage = loader.stage.carry(stored, state.stage, state.cursor)
     except UserError as error:
-        raise UserError(f"{checkpoint}: its data cannot be continued: {error}") from None
+        raise UserError(
+            f"{checkpoint}: its data cannot be continued: {error}, or start anew from its weights (another output_dir, "
+            f"start.weights={checkpoint})"
+        ) from None
     changes = _changes(stored["order"], described["order"]) + _sources(stored["order"], described["order"], stage)
     _log.info("step %d: stage %d of the data begins: %s", state.step, stage["number"] + 1, "; ".join(changes))
     return replace(state, cursor=0, stage=stage, fingerprint=described["fingerprint"])

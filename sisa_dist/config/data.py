@@ -68,6 +68,7 @@ class DataConfig(Section):
     read_threads: PositiveInt = 2  # that read them, at most one a batch
 
     # A shard that is not there; skip: training goes on and what lies in it counts for nothing (missing_shards.json)
+    # With skip windows are read one by one, which is slower than a batch at once.
     on_missing: Literal["stop", "skip"] = "stop"
     cache_folder: str | None = None  # for shards at URLs, shared by the processes of a host; None: nothing is kept
     cache_gb: PositiveFloat = 20.0  # most that cache_folder may hold, in 10⁹ bytes

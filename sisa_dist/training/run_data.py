@@ -67,6 +67,13 @@ def open_data(config: RunConfig) -> RunData:
             f"data.mixture: {', '.join(differ)}: made with another tokenizer than {config.data_place}: prepare with "
             f"data.tokenizer.path={config.data_place}/{tokenizer.path.name}, or leave out"
         )
+    read: dict[str, str] = {}
+    for name in [name for name, share in (config.data.shares or {}).items() if share]:
+        if (twin := read.setdefault(sources[name].fingerprint, name)) != name:
+            raise UserError(
+                f"data.mixture: {twin} and {name} hold the same data, which would be read twice an epoch: leave one "
+                "out and give the other both weights"
+            )
     return RunData(sources, validation, tokenizer)
 
 

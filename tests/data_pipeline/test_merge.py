@@ -110,6 +110,7 @@ def test_what_does_not_go_together_is_one_line_and_makes_nothing(
     for i in range(40):
         (text / f"{i}.txt").write_text(make_text(200 + i), encoding="utf-8")
     other = prepare(make_config(str(text), folder="other"), quiet=True)
+    twin = Path(shutil.copytree(a, tmp_path / "twin"))
     wide = Path(shutil.copytree(b, tmp_path / "wide"))
     old = Path(shutil.copytree(b, tmp_path / "old"))
     _as_uint32(wide / "train")
@@ -121,6 +122,7 @@ def test_what_does_not_go_together_is_one_line_and_makes_nothing(
     for inputs, words in (
         ([a], "at least two"),
         ([a, a], "named twice"),
+        ([a, b, twin], "twin: holds the same data as .*: leave one out"),
         ([a, tmp_path / "b" / ".." / "nowhere"], "no prepared data here"),
         ([a, other], "made with another tokenizer"),
         ([a, wide], "holds ids as uint32 and .* as uint16"),

@@ -202,3 +202,15 @@ def test_tinyshakespeare(make_config: MakeConfig) -> None:
     assert "".join(train + validation).encode() == path.read_bytes()
     batches = list(validation_batches(Index.load(folder / "validation"), seq_len=128, batch_size=4))
     assert sum(int((batch.labels >= 0).sum()) for batch in batches) > 2000
+
+
+def test_another_format_is_no_setting_to_be_set_back(corpus_folder: Path, make_config: MakeConfig) -> None:
+    config = make_config(str(corpus_folder))
+    manifest = prepare(config, quiet=True) / "prepared.json"
+    made = json.loads(manifest.read_text(encoding="utf-8"))
+    made["settings"]["format"] = [2, 2]
+    manifest.write_text(json.dumps(made), encoding="utf-8")
+    line = "made by another version, in another format: make it anew by `sisa prepare --force`"
+    assert refusal(config).endswith(line)
+    prepare(config, quiet=True, force=True)
+    assert open_data(config).train.num_tokens > 0

@@ -196,6 +196,19 @@ def test_tars_made_badly_or_to_do_harm(tmp_path: Path) -> None:
     assert [text for _, text in found] == ["one", "two"]  # a..b is no way out; extension b.txt is none of ours
 
 
+def test_samples_without_text_are_counted_and_never_stop(tmp_path: Path) -> None:
+    """Images beside texts are as usual in a tar as a name whose text stands behind its second dot is a mistake."""
+    members: list[tuple[str, bytes | None]] = [("a.txt", b"one"), ("a.jpg", b"x"), ("b.jpg", b"x"), ("b.cls", b"1")]
+    path = write_tar(tmp_path / "x.tar", [*members, ("c.json", b'{"text": "two"}'), ("d.v1.txt", b"three")])
+    with tarfile.open(path, "a") as tar:
+        folder = tarfile.TarInfo("more/")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    for on_bad in ("stop", "skip"):
+        assert read(path, on_bad=on_bad) == ([(1, "one"), (3, "two")], Counter({"sample without text": 2}))
+    assert "holds no text" in refusal(write_tar(tmp_path / "y.tar", members[2:]))
+
+
 def test_damaged_bytes_of_any_kind_are_documents_or_one_line(tmp_path: Path) -> None:
     """Fuzz: a few bytes changed, cut or doubled in every kind of file."""
     write_corpus(tmp_path / "mixed")

@@ -256,7 +256,7 @@ def test_what_cannot_be_continued_is_named(indexes: dict[str, Index], tmp_path: 
     with pytest.raises(UserError, match=r"its source code is none of the data here \(train\): .* with weight 0"):
         one.carry(both.describe(), None, 9)
     other = Stage({"train": write_split(tmp_path / "train", random_documents(9, 5))}, **common)
-    with pytest.raises(UserError, match="its source train is none of the data here"):
+    with pytest.raises(UserError, match="its source train holds other data here, made anew since or of another folder"):
         other.carry(one.describe(), None, 9)
     older = one.describe()
     older["order"] = older["order"] | {"version": 0}

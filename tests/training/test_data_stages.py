@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config, parse_config
 from sisa_dist.training.evaluate import evaluate_checkpoint
 from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.run_data import open_data
 from sisa_dist.training.trainer import train
 
 
@@ -109,6 +111,16 @@ def test_too_many_epochs_or_tokens_are_refused_before_the_first_step(
         train(mixed(tiny, tmp_path / "c", uneven, training={"steps": 39_000}), quiet=True)
 
 
+def test_the_same_data_twice_in_a_mixture_is_named(tiny: RunConfig, tmp_path: Path) -> None:
+    assert tiny.data.folder is not None
+    copy = str(shutil.copytree(tiny.data.folder, tmp_path / "copy"))
+    sources = {"a": {"folder": tiny.data.folder, "weight": 1}, "b": {"folder": copy, "weight": 1}}
+    with pytest.raises(UserError, match=r"data\.mixture: a and b hold the same data, which would be read twice"):
+        open_data(mixed(tiny, tmp_path / "run", sources))
+    sources["b"]["weight"] = 0  # kept for a stage that read it before
+    assert open_data(mixed(tiny, tmp_path / "run", sources)).sources.keys() == {"a", "b"}
+
+
 def test_folders_of_two_tokenizers_are_named(tiny: RunConfig, tmp_path: Path) -> None:
     own = changed(tiny, tmp_path / "own", data={"folder": None, "tokenizer": {"model_type": "unigram"}})
     prepare(own, quiet=True)
@@ -186,6 +198,19 @@ def test_sequence_length_packing_and_sources_change_in_mid_run(
     assert state.stage["sources"].keys() == {"ours"}
     assert len(json.dumps(state.stage)) < 2000
     assert read_metrics(tmp_path / "third")["train"][-1]["epochs"]["ours"] > epochs[-1]
+
+
+def test_data_made_anew_is_not_continued(tiny: RunConfig, second: str, tmp_path: Path) -> None:
+    """Under its old name too: the old data or the weights alone are what one can go on with."""
+    run = train(tiny, quiet=True)
+    start = {"resume": str(run), "data": "continue"}
+    other = changed(tiny, tmp_path / "other", start=start, data=DEFAULTS | {"validation_fraction": 0.01})
+    mixture = {"train": {"folder": second, "weight": 1}}
+    with pytest.raises(
+        UserError, match=r"source train holds other data .*: give the old data .*start\.weights="
+    ) as error:
+        train(mixed(other, tmp_path / "other", mixture), quiet=True)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_goes_on_in_its_own_folder_in_a_new_order(tiny: RunConfig) -> None:
