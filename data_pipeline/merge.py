@@ -50,10 +50,10 @@ def merge(out: Path, inputs: Sequence[Path], *, copy: bool = False, quiet: bool 
         raise UserError(f"{same[0]}: named twice: its tokens would be there twice; weigh it up by data.mixture instead")
     splits = [{name: open_split(path, name) for name in SPLITS} for path in inputs]
     tokenizer = _check_alike(inputs, splits)
-    content: dict[str, Path] = {}
+    seen: dict[str, Path] = {}
     for path, each in zip(inputs, splits, strict=True):
         assert each["train"] is not None
-        if (twin := content.setdefault(each["train"].fingerprint, path)) != path:
+        if (twin := seen.setdefault(each["train"].fingerprint, path)) != path:
             raise UserError(f"{path}: holds the same data as {twin}: its tokens would be there twice: leave one out")
     console = Console(quiet=quiet, highlight=False)
     with built_beside(out) as building:
