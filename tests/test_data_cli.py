@@ -13,11 +13,12 @@ import pytest
 
 from data_pipeline.index import Index
 from data_pipeline.merge import merge
+from data_pipeline.prepare import prepare
 from data_pipeline.reindex import reindex
 from runs import losses
 from samples import npy, write_tar
 from sisa_dist import cli
-from sisa_dist.config import RunConfig, UserError, dump_config
+from sisa_dist.config import RunConfig, UserError, dump_config, parse_config
 from sisa_dist.training.run_data import open_data
 from sisa_dist.training.trainer import train
 
@@ -82,8 +83,24 @@ def test_info_for_people_and_programs(sisa, folder: Path, two: Path) -> None:  #
 
 
 @pytest.fixture
-def two(folder: Path, tmp_path: Path) -> Path:
-    other = Path(shutil.copytree(folder, tmp_path / "again"))
+def other(tiny: RunConfig, folder: Path, tmp_path: Path) -> Path:
+    """Other data of the same tokenizer."""
+    for source in Path(__file__).parent.glob("*.py"):
+        (tmp_path / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    tree = tiny.model_dump()
+    tree["data"] |= {
+        "input": str(tmp_path / "*.txt"),
+        "folder": str(tmp_path / "other"),
+        "tokenizer": {"path": str(folder / "tokenizer.model")},
+        "validation_fraction": 0.3,
+    }
+    made = prepare(parse_config(tree, source="other"), quiet=True)
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def two(folder: Path, other: Path, tmp_path: Path) -> Path:
     return merge(tmp_path / "merged", [folder, other], quiet=True)
 
 
@@ -104,11 +121,12 @@ def test_verify_prints_a_line_a_fault_and_exits_2(sisa, folder: Path) -> None:  
     assert err.startswith(f"sisa: {folder}: 2 faults; looked at") and err.count("\n") == 1
 
 
-def test_show_merge_and_reindex(sisa, folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_show_merge_and_reindex(sisa, folder: Path, other: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = sisa("show", folder, "--document", 2, "--tokens", 20)
     assert code == 0 and out.startswith("── document 2, member ") and "more tokens" in out
     assert sisa("show", folder, "--split", "validation", "--window", 1, "--seq-len", 8, "--ids")[0] == 0
-    other = Path(shutil.copytree(folder, tmp_path / "again"))
+    copy = Path(shutil.copytree(folder, tmp_path / "again"))
+    assert sisa("merge", tmp_path / "twice", folder, copy)[0] == 2 and not (tmp_path / "twice").exists()
     code, out, _ = sisa("merge", tmp_path / "both", folder, other)
     assert (code, out) == (0, f"data: {tmp_path / 'both'}\n")
     (other / "train" / "index.json").unlink()
