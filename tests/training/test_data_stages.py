@@ -190,8 +190,8 @@ def test_sequence_length_packing_and_sources_change_in_mid_run(
     )
     with caplog.at_level("INFO", logger="sisa_dist"):
         train(third, quiet=True)
-    (told,) = [record.message for record in caplog.records if "of the data begins" in record.message]
-    assert "stage 3" in told and "packing was None, is 'best_fit'" in told
+    (told,) = [record.message for record in caplog.records if "stage 3 of the data begins" in record.message]
+    assert "packing was None, is 'best_fit'" in told
     assert "source train is now called ours; source tests comes in" in told and "seq_len" not in told
     state = read_state(list_checkpoints(tmp_path / "third")[-1])
     assert state.stage is not None and state.stage["number"] == 2 and state.cursor == 6 * 2

@@ -55,8 +55,8 @@ def assert_same_runs(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "trials"),
     [
-        (1, 3),
-        (2, 3),
+        (1, 2),
+        (2, 2),
         pytest.param(1, 20, marks=pytest.mark.slow),
         pytest.param(2, 20, marks=pytest.mark.slow),
     ],
