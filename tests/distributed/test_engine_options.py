@@ -26,9 +26,13 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("hsdp_2x2", {"prefetch": 1, "reshard_after_forward": False}),
     ("tp2_dp2_sp", {"check_every": 1}),
     ("hsdp_2x2", {"check_every": 2}),
-    ("dp2", {"compile": True}),
 ]
-SLOW = [("tp1", {"compile": True}), ("tp2_sp", {"compile": True}), ("tp2", {"compile": True, "prefetch": 1})]
+SLOW = [
+    ("dp2", {"compile": True}),
+    ("tp1", {"compile": True}),
+    ("tp2_sp", {"compile": True}),
+    ("tp2", {"compile": True, "prefetch": 1}),
+]
 BASE = Case("tp1", "sisa", 2, "heterogeneous", "fp32", documents=True)
 
 
