@@ -1,10 +1,9 @@
-"""The mixers by the name the config gives them. A mixer takes (config, layer, attention config)."""
-
-from torch import nn
+"""The mixers by the name the config gives them."""
 
 from sisa_dist.model.mixers.attention import Attention
+from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.sisa import SISA
 
-MIXERS: dict[str, type[nn.Module]] = {"sisa": SISA, "attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention}
 
-__all__ = ["MIXERS", "SISA", "Attention"]
+__all__ = ["MIXERS", "SISA", "Attention", "Cache", "Mixer"]

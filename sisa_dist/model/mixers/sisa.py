@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.init import Constant, Init, Normal
-from sisa_dist.model.mixers.attention import merge_heads, qk_norms, split_heads
+from sisa_dist.model.mixers.attention import attention_multiply_adds, merge_heads, qk_norms, split_heads
+from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import SisaCache, sisa_attention
@@ -88,11 +89,11 @@ class SisaScore(nn.Module):
         )
 
 
-class SISA(nn.Module):
+class SISA(Mixer):
     """The layer of the equations above. x [B, T, d_model] → [B, T, d_model]."""
 
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
-        super().__init__()
+        super().__init__(config, layer, attention)
         d, d_h, d_s = config.d_model, config.width_per_head, config.layer_d_s[layer]
         n_heads, n_kv_heads = config.n_heads, config.kv_heads
         self.head_dim, self.d_s = d_h, d_s
@@ -123,9 +124,16 @@ class SISA(nn.Module):
     def reset_statistics(self) -> None:
         self.decay.logged = None
 
+    @staticmethod
+    def multiply_adds(config: ModelConfig, layer: int, seq_len: int) -> float:
+        heads, kv_heads, d_s = config.n_heads, config.kv_heads, config.layer_d_s[layer]
+        ssm = config.d_model * (heads * d_s + kv_heads * d_s + kv_heads * d_s // 2 + kv_heads)
+        return ssm + attention_multiply_adds(config, seq_len, score_channels=d_s)
+
     def forward(
-        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: SisaCache | None = None
+        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        assert cache is None or isinstance(cache, SisaCache)
         q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
         k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)

@@ -1,0 +1,27 @@
+"""The mixers by name, and the blocks of the YAML under `model:` that some of them have to themselves."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from sisa_dist.config.section import Section
+
+MixerName = Literal["sisa", "attention"]
+
+# Each mixer, and the sections it reads.
+MIXER_NAMES: dict[str, tuple[str, ...]] = {"sisa": (), "attention": ()}
+SECTIONS = ("ssm",)
+
+
+class SSMConfig(Section):
+    """The state-space model of a mixer: heads of head_dim channels, each with a state [d_state, head_dim]."""
+
+    d_state: PositiveInt = 128
+    expand: PositiveFloat = 2.0  # channels = expand · d_model
+    width: PositiveInt | None = None  # channels outright; None: by expand
+    head_dim: PositiveInt = 64
+    n_groups: PositiveInt = 1  # of heads that share B and C
+    conv: NonNegativeInt = 4  # taps of the causal convolution, where the mixer has one
+    chunk: PositiveInt = 64  # tokens of the training form's chunks: speed and memory, never the result
