@@ -19,4 +19,7 @@ BASE: dict[str, Any] = {
 }
 
 # The mixers that are not sisa and attention; those have grids of their own.
-RIVALS: dict[str, dict[str, Any]] = {}
+RIVALS: dict[str, dict[str, Any]] = {
+    "fox": {"mixer": "fox"},
+    "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
+}

@@ -8,11 +8,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention"]
+MixerName = Literal["sisa", "attention", "fox"]
 
 # Each mixer, and the sections it reads.
-MIXER_NAMES: dict[str, tuple[str, ...]] = {"sisa": (), "attention": ()}
-SECTIONS = ("ssm",)
+MIXER_NAMES: dict[str, tuple[str, ...]] = {"sisa": (), "attention": (), "fox": ("fox",)}
+SECTIONS = ("ssm", "fox")
 
 
 class SSMConfig(Section):
@@ -25,3 +25,9 @@ class SSMConfig(Section):
     n_groups: PositiveInt = 1  # of heads that share B and C
     conv: NonNegativeInt = 4  # taps of the causal convolution, where the mixer has one
     chunk: PositiveInt = 64  # tokens of the training form's chunks: speed and memory, never the result
+
+
+class FoxConfig(Section):
+    """The forgetting transformer's layer."""
+
+    pro: bool = False  # norms of each head's q, k and output, shift of k and v, output gate

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, MixerName, SSMConfig
+from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, FoxConfig, MixerName, SSMConfig
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -43,6 +43,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
+    fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
 
     @property
     def padded_vocab_size(self) -> int:

@@ -59,6 +59,12 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.decay.weight": Split("column", "kv_heads"),
     "blocks.*.mixer.decay.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.importance.lambda_raw": Split("column", "n_heads"),
+    # fox: the forget gate, and pro's output gate and norm, belong to the query head; pro's shifts to the kv head
+    "blocks.*.mixer.forget.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.forget.bias": Split("column", "n_heads"),
+    "blocks.*.mixer.output_gate.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.?_shift.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer.output_norm.weight": Split("column", "n_heads"),
     # feed-forward
     "blocks.*.mlp.gate.weight": Split("column", "d_ff"),
     "blocks.*.mlp.gate.bias": Split("column", "d_ff"),
