@@ -20,6 +20,11 @@ BASE: dict[str, Any] = {
 
 # The mixers that are not sisa and attention; those have grids of their own.
 RIVALS: dict[str, dict[str, Any]] = {
+    "sisa_ssmax": {"mixer": "sisa", "d_s": 8, "ssmax": 40, "n_kv_heads": 2},
+    "attention_ssmax": {"mixer": "attention", "ssmax": 40},
+    "no_decay": {"mixer": "sisa", "d_s": 8, "sisa": {"decay": False}},
+    "no_rotation": {"mixer": "sisa", "d_s": 8, "sisa": {"rotation": False}, "n_kv_heads": 2},
+    "bilinear": {"mixer": "sisa", "d_s": 8, "sisa": {"decay": False, "rotation": False}},
     "fox": {"mixer": "fox"},
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
 }

@@ -10,9 +10,13 @@ from sisa_dist.config.section import Section
 
 MixerName = Literal["sisa", "attention", "fox"]
 
-# Each mixer, and the sections it reads.
-MIXER_NAMES: dict[str, tuple[str, ...]] = {"sisa": (), "attention": (), "fox": ("fox",)}
-SECTIONS = ("ssm", "fox")
+# Each mixer, and the keys of `model:` that only some mixers read.
+MIXER_NAMES: dict[str, tuple[str, ...]] = {
+    "sisa": ("d_s", "log_alpha_min", "sisa", "ssmax"),
+    "attention": ("ssmax",),
+    "fox": ("fox",),
+}
+SECTIONS = ("ssm", "fox", "sisa", "ssmax")
 
 
 class SSMConfig(Section):
@@ -25,6 +29,13 @@ class SSMConfig(Section):
     n_groups: PositiveInt = 1  # of heads that share B and C
     conv: NonNegativeInt = 4  # taps of the causal convolution, where the mixer has one
     chunk: PositiveInt = 64  # tokens of the training form's chunks: speed and memory, never the result
+
+
+class SisaConfig(Section):
+    """The controls of SISA: what of its importance term is left out, parameters and all. Without both it is λ C·B."""
+
+    decay: bool = True  # false: log α = 0
+    rotation: bool = True  # false: θ = 0
 
 
 class FoxConfig(Section):

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, FoxConfig, MixerName, SSMConfig
+from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, FoxConfig, MixerName, SisaConfig, SSMConfig
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -43,6 +43,10 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
+    sisa: SisaConfig | None = None  # of the mixers with sisa's score; None: its defaults
+    # Tokens of a training sequence: with it scores are scaled by s · log n (SSMax, Nakanishi 2025), n the number of
+    # tokens a query sees, s learned per head, at first 1 / mean log n over the sequence
+    ssmax: int | None = Field(default=None, ge=2)
     fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
 
     @property
@@ -95,11 +99,16 @@ class ModelConfig(Section):
         return self.ssm or SSMConfig()
 
     @property
+    def score_terms(self) -> SisaConfig:
+        """What sisa's importance term is made of."""
+        return self.sisa or SisaConfig()
+
+    @property
     def layer_d_s(self) -> list[int]:
         """SSM channels per head of every layer; 0 where the mixer has none."""
         if isinstance(self.d_s, list):
             return list(self.d_s)
-        return [(self.d_s or 0) if mixer == "sisa" else 0 for mixer in self.layer_mixers]
+        return [(self.d_s or 0) if "d_s" in MIXER_NAMES[mixer] else 0 for mixer in self.layer_mixers]
 
     @_model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -130,22 +139,24 @@ class ModelConfig(Section):
             raise ValueError(f"mlp lists {len(self.layer_mlps)} layers, n_layers is {self.n_layers}: make them equal")
         for key in SECTIONS:
             if getattr(self, key) is not None and not uses(self, key):
-                raise ValueError(f"{key} is set but no layer's mixer has one: remove {key}")
+                raise ValueError(f"{key} is set but no layer's mixer reads it: remove {key}")
         if self.ssm_width % self.state_space.head_dim:
             raise ValueError(
                 f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "
                 "ssm.width or ssm.head_dim so that they are"
             )
-        if self.d_s is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
-        if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("log_alpha_min is set but no layer's mixer is sisa: remove log_alpha_min")
-        if self.d_s is None and "sisa" in self.layer_mixers:
+        for key in ("d_s", "log_alpha_min"):
+            if getattr(self, key) is not None and not uses(self, key):
+                raise ValueError(f"{key} is set but no layer's mixer is sisa: remove {key}")
+        if self.log_alpha_min is not None and not self.score_terms.decay:
+            raise ValueError("log_alpha_min bounds a decay that sisa.decay false takes out: remove one of them")
+        if self.d_s is None and uses(self, "d_s"):
             raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
         for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):
-            if mixer == "sisa" and (d_s < 2 or d_s % 2):
+            has_d_s = "d_s" in MIXER_NAMES[mixer]
+            if has_d_s and (d_s < 2 or d_s % 2):
                 raise ValueError(f"d_s of layer {layer} is {d_s}: channels turn in pairs, set an even number from 2")
-            if mixer != "sisa" and d_s:
+            if not has_d_s and d_s:
                 raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is {mixer}: set 0 there")
         if self.log_alpha_min is not None and not self.log_alpha_min < 0:
             raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
@@ -153,5 +164,5 @@ class ModelConfig(Section):
 
 
 def uses(model: ModelConfig, key: str) -> bool:
-    """Whether some layer's mixer reads the section `key`."""
+    """Whether some layer's mixer reads `key`, one of those that not all do."""
     return any(key in MIXER_NAMES[mixer] for mixer in model.layer_mixers)

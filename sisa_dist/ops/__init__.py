@@ -5,6 +5,7 @@ Knows nothing of modules, configs or processes. Everything runs with autocast of
 
 from sisa_dist.ops.attention import causal_attention
 from sisa_dist.ops.decode import AttentionCache, ForgettingCache, SisaCache
+from sisa_dist.ops.documents import tokens_seen
 from sisa_dist.ops.forgetting import forgetting_attention
 from sisa_dist.ops.score import sisa_attention
 
@@ -15,4 +16,5 @@ __all__ = [
     "causal_attention",
     "forgetting_attention",
     "sisa_attention",
+    "tokens_seen",
 ]

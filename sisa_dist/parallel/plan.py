@@ -52,6 +52,7 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.wo.weight": Split("row", "n_heads"),
     "blocks.*.mixer.wo.bias": Split("added"),
     "blocks.*.mixer.?_norm.weight": Split("shared"),
+    "blocks.*.mixer.ssmax.scale": Split("column", "n_heads"),
     # sisa: C and λ belong to the query head; B, θ and α to the kv head
     "blocks.*.mixer.wc.weight": Split("column", "n_heads"),
     "blocks.*.mixer.wb.weight": Split("column", "kv_heads"),

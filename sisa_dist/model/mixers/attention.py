@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.mixers.base import Cache, Mixer
+from sisa_dist.model.mixers.ssmax import ssmax
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import AttentionCache, causal_attention
@@ -38,6 +39,7 @@ class Attention(Mixer):
         self.wv = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * d_h, d, bias=config.output_bias)
         self.q_norm, self.k_norm = qk_norms(config)
+        self.ssmax = ssmax(config.n_heads, config.ssmax)
         self.score = AttentionScore(attention)
 
     @staticmethod
@@ -55,6 +57,8 @@ class Attention(Mixer):
         q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
         k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
+        if self.ssmax is not None:
+            (q_BHTK,) = self.ssmax(q_BHTK, doc_ids=doc_ids, start=cache.length if cache else 0)
         y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
         return self.wo(merge_heads(y_BHTK))
 
