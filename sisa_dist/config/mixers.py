@@ -8,13 +8,14 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention", "fox"]
+MixerName = Literal["sisa", "attention", "fox", "sigmoid_sisa"]
 
 # Each mixer, and the keys of `model:` that only some mixers read.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
     "sisa": ("d_s", "log_alpha_min", "sisa", "ssmax"),
     "attention": ("ssmax",),
     "fox": ("fox",),
+    "sigmoid_sisa": ("d_s", "log_alpha_min", "sisa"),
 }
 SECTIONS = ("ssm", "fox", "sisa", "ssmax")
 

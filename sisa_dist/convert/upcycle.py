@@ -24,9 +24,9 @@ def upcycle(model: ModelConfig, *, d_s: int | list[int]) -> ModelConfig:
 
     Raises UserError where `model` has other layers than attention, or d_s does not fit it.
     """
-    for mixer in sorted(set(model.layer_mixers) - {"attention"}):
-        already = " already" if mixer == "sisa" else ""
-        raise UserError(f"model.mixer has {mixer} layers{already}: only a Transformer is upcycled")
+    for other in sorted(set(model.layer_mixers) - {"attention"}):
+        already = " already" if other == "sisa" else ""
+        raise UserError(f"model.mixer has {other} layers{already}: only a Transformer is upcycled")
     mixer = ["sisa" if channels else "attention" for channels in d_s] if isinstance(d_s, list) else "sisa"
     return model_of(model.model_dump() | {"mixer": mixer, "d_s": d_s}, source="upcycling")
 

@@ -8,6 +8,7 @@ the dot product: with one fixed reference, as in the one-call form, long generat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sisa_dist.ops.masks import causal_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
 from sisa_dist.ops.score import sisa_attention
+from sisa_dist.ops.sigmoid import sigmoid_sisa_attention, sigmoid_weights_
 
 # Queries scored at once against the cache: bounds the explicit [.., rows, length] scores of a long chunk.
 ROWS = 256
@@ -124,7 +126,7 @@ class SisaCache:
         g_all = self._g.append(g_BGt)
         self._last = g_BGt[:, :, -1:].clone(), phase_BGtm[:, :, -1:].clone()
         if first:
-            return sisa_attention(q, k, v, C, B, log_alpha, theta, lam, scale=scale)
+            return self._whole(q, k, v, C, B, log_alpha, theta, lam, scale=scale)
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         with no_autocast(q.device):
@@ -136,10 +138,25 @@ class SisaCache:
                     g_BGt[:, :, i : i + ROWS],
                     *(x[:, :, : self.length - t + min(i + ROWS, t)] for x in (k_all, v_all, B_all, g_all)),
                     scale=scale,
+                    weigh=self._weigh,
                 )
                 for i in range(0, t, ROWS)
             ]
         return torch.cat(rows, dim=2).to(q.dtype)
+
+    _whole: Callable[..., Tensor] = staticmethod(sisa_attention)
+
+    @staticmethod
+    def _weigh(score: Tensor, seen: Tensor) -> Tensor:
+        """Weights of the keys `[..., r, n]`, −inf where hidden; seen `[r, 1]`: how many each row sees."""
+        return score.softmax(-1)
+
+
+class SigmoidSisaCache(SisaCache):
+    """The same for the sigmoid in place of the softmax: what `sigmoid_sisa_attention` gives for the full run."""
+
+    _whole: Callable[..., Tensor] = staticmethod(sigmoid_sisa_attention)
+    _weigh = staticmethod(sigmoid_weights_)
 
 
 def _attend_rows(
@@ -152,18 +169,20 @@ def _attend_rows(
     g_BGn: Tensor,
     *,
     scale: float,
+    weigh: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Softmax over n keys of the last r of them as queries; every head of a group shares its keys without a copy."""
+    """n keys weighed by the last r of them as queries; every head of a group shares its keys without a copy."""
     batch, H, r, _ = q_BHrd.shape
     G, n, work = k_BGnd.shape[1], k_BGnd.shape[2], q_BHrd.dtype
     q, C = (x.reshape(batch, G, H // G * r, -1) for x in (q_BHrd, C_BHrs))
     decay_BGrn = (g_BGr[..., :, None] - g_BGn[..., None, :]).clamp(max=0.0).to(work).exp()
     score = ((C @ B_BGns.to(work).mT).unflatten(2, (-1, r)) * decay_BGrn[:, :, None]).flatten(2, 3)
     score = score + (q @ k_BGnd.to(work).mT) * scale
+    score = score.unflatten(2, (-1, r))
     if r > 1:
-        hidden = ~causal_mask(r, n, device=q.device)
-        score = score.unflatten(2, (-1, r)).masked_fill(hidden, float("-inf")).flatten(2, 3)
-    return (score.softmax(-1) @ v_BGnv.to(work)).reshape(batch, H, r, -1)
+        score = score.masked_fill(~causal_mask(r, n, device=q.device), float("-inf"))
+    weight = weigh(score, torch.arange(n - r + 1, n + 1, device=q.device)[:, None]).flatten(2, 3)
+    return (weight @ v_BGnv.to(work)).reshape(batch, H, r, -1)
 
 
 class ForgettingCache:

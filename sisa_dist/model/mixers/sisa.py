@@ -117,7 +117,7 @@ class SISA(Mixer):
         self.wo = nn.Linear(n_heads * d_h, d, bias=config.output_bias)
         self.q_norm, self.k_norm = qk_norms(config)
         self.ssmax = ssmax(n_heads, config.ssmax)
-        self.score = SisaScore(attention, log_alpha_min)
+        self.score: nn.Module = SisaScore(attention, log_alpha_min)
 
     @staticmethod
     def new_cache() -> SisaCache:
