@@ -26,6 +26,6 @@ RIVALS: dict[str, dict[str, Any]] = {
     "no_rotation": {"mixer": "sisa", "d_s": 8, "sisa": {"rotation": False}, "n_kv_heads": 2},
     "bilinear": {"mixer": "sisa", "d_s": 8, "sisa": {"decay": False, "rotation": False}},
     "sigmoid_sisa": {"mixer": "sigmoid_sisa", "d_s": 8, "n_kv_heads": 2},
-    "fox": {"mixer": "fox"},
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
+    "fox": {"mixer": "fox"},
 }

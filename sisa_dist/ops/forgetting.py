@@ -41,6 +41,11 @@ from sisa_dist.ops.spans import Level, decay_sums, levels
 PARTS_16_BIT = 2
 
 
+def bias_channels(dtype: torch.dtype, group: int) -> int:
+    """Channels of q̂ and k̂ beside the head's own, for `group` query heads a kv head."""
+    return group * (PARTS_16_BIT if dtype.itemsize == 2 else 1)
+
+
 def forgetting_attention(
     q: Tensor,
     k: Tensor,
@@ -103,8 +108,8 @@ class _Operands(Buffers):
     ) -> None:
         batch, heads, tokens, d_h = q.shape
         group = heads // k.shape[1]
-        self.parts = PARTS_16_BIT if q.dtype.itemsize == 2 else 1
-        more = group * self.parts
+        more = bias_channels(q.dtype, group)
+        self.parts = more // group
         shape = Shape(batch, heads, k.shape[1], tokens, leaf, d_h, v.shape[-1], more, masked=False)
         super().__init__(q, k, v, doc_ids, shape, backend=backend)
         self.scale, self.L = scale, self.hold(L)

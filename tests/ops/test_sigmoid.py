@@ -37,7 +37,8 @@ def test_it_is_the_formula_with_every_gradient(T, leaf, decay, packed, heads_of,
     monkeypatch.setattr(sigmoid, "CPU_CHUNK", 100)  # a rectangle is several tiles of rows
     x, doc_ids = make(T, heads=2, kv_heads=2 // heads_of, d_v=12, decay=decay), documents(T) if packed else None
     got = value_and_gradients(x, sigmoid_sisa_attention, doc_ids=doc_ids, leaf=leaf)
-    assert_close(got, value_and_gradients(x, formula, doc_ids=doc_ids), 1e-12)
+    # log α and θ are rounded by up to 1e-13 before they are summed (spans.py).
+    assert_close(got, value_and_gradients(x, formula, doc_ids=doc_ids), 1e-11)
 
 
 # bf16 inputs: q̂ and k̂ are rounded once more after the rotation, all else is fp32.
