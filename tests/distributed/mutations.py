@@ -174,7 +174,6 @@ MUTATIONS: dict[str, Any] = {
     "partial marked full: B held whole": _marked_full("*.wb.weight"),
     "partial marked full: decay bias held whole": _marked_full("*.decay.bias"),
     "partial marked full: a shared gain": _marked_full("*.q_norm.weight"),
-    "partial marked full: a shift held whole": _marked_full("*.k_shift.weight"),
     "λ from the wrong rank": _wrong_lambda,
     "loss not averaged": _unaveraged,
     "tensor_model_parallel forgotten": _flag_forgotten,

@@ -100,10 +100,6 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "partial marked full: B held whole": (KV_WHOLE, "gradient blocks.0.mixer.wb.weight"),
     "partial marked full: decay bias held whole": (KV_WHOLE, "gradient blocks.0.mixer.decay.bias"),
     "partial marked full: a shared gain": (KV_WHOLE, "gradient blocks.0.mixer.q_norm.weight"),
-    "partial marked full: a shift held whole": (
-        Case("tp4", "fox_pro", 4, "uniform", "fp32"),
-        "gradient blocks.0.mixer.k_shift.weight",
-    ),
     "λ from the wrong rank": (SLICED, "score"),
     "loss not averaged": (Case("dp2", "sisa", 4, "uniform", "fp32"), "norm 0"),
     "embedding without its mask": (SLICED, "score"),
