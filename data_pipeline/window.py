@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.fetch import Missing
 from data_pipeline.index import Index
 from data_pipeline.lines import Run
 from data_pipeline.order import Int64, Range
@@ -38,35 +40,92 @@ def document_of(index: Index, ranges: Sequence[Range]) -> Int64:
     return np.concatenate(found)
 
 
-def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
-    """The runs side by side as a batch of one row; what they leave of it is padded with eos and ignored labels.
+@dataclass
+class Without:
+    """Shards that are done without, by name: those `known` before, which are not asked for, and those found missing."""
 
-    With document_mask each run, and in it each document, has its own doc_id, the padding one more, and the label that
+    known: Collection[str]
+    found: set[str] = field(default_factory=set)
+
+
+def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
+    """The runs as a batch of one row, see fill_row."""
+    tokens, labels = np.empty(seq_len, np.int64), np.empty(seq_len, np.int64)
+    doc_ids = np.empty(seq_len, np.int64) if document_mask else None
+    fill_row(index, runs, tokens, labels, doc_ids)
+    return Batch(
+        torch.from_numpy(tokens)[None],
+        torch.from_numpy(labels)[None],
+        None if doc_ids is None else torch.from_numpy(doc_ids)[None],
+    )
+
+
+def fill_row(
+    index: Index,
+    runs: Sequence[Run],
+    tokens: Int64,
+    labels: Int64,
+    doc_ids: Int64 | None,
+    *,
+    without: Without | None = None,
+) -> int:
+    """Writes the runs side by side into `tokens` and `labels` [T]; what they leave is padded with eos and ignored
+    labels. Returns how many labels count.
+
+    A run of which a part lies in a shard that is done `without` has eos for every token and no label that counts, and
+    keeps its doc_ids; without a Without, a missing shard raises Missing.
+
+    With `doc_ids` [T] each run, and in it each document, has its own doc_id, the padding one more, and the label that
     crosses from one into the next is ignored.
     """
-    tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
-    labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
-    position, document = 0, -1
+    seq_len, targets, position, document = len(tokens), 0, 0, -1
+    labels[:] = IGNORE
     for number, run in enumerate(runs):
-        ids = np.concatenate([index.read_member(member)[start:stop] for member, start, stop in run.ranges])
+        ids = _read_run(index, run, without)
+        absent = ids is None
+        if ids is None:
+            ids = np.full(sum(r.stop - r.start for r in run.ranges), index.eos_id, dtype=np.int64)
         count = len(ids) - 1  # of labels
         # The very last token stands as an input too where there is room, though nothing is asked behind it.
         inputs = min(len(ids), seq_len - position) if number == len(runs) - 1 else run.inputs
         tokens[position : position + inputs] = ids[:inputs]
-        labels[position : position + count] = ids[1:]
-        if document_mask:
+        if not absent:
+            labels[position : position + count] = ids[1:]
+            targets += count
+        if doc_ids is not None:
             documents = document_of(index, run.ranges) + document + 1
-            labels[position : position + count][documents[1:] != documents[:-1]] = IGNORE
+            if not absent:
+                crossing = documents[1:] != documents[:-1]
+                labels[position : position + count][crossing] = IGNORE
+                targets -= int(np.count_nonzero(crossing))
             doc_ids[position : position + inputs] = documents[:inputs]
             document = int(documents[inputs - 1])
         position += inputs
-    doc_ids[position:] = document + 1
-    return Batch(
-        torch.from_numpy(tokens)[None],
-        torch.from_numpy(labels)[None],
-        torch.from_numpy(doc_ids)[None] if document_mask else None,
-    )
+    tokens[position:] = index.eos_id
+    if doc_ids is not None:
+        doc_ids[position:] = document + 1
+    return targets
+
+
+def wants(index: Index, run: Run, shards: Collection[str]) -> bool:
+    """Whether a part of the run lies in one of `shards`."""
+    return bool(shards) and any(index.shard_name(range_.member) in shards for range_ in run.ranges)
+
+
+def _read_run(index: Index, run: Run, without: Without | None) -> NDArray[np.integer] | None:
+    """Its ids; None where a shard is missing that may be."""
+    if without is not None and wants(index, run, without.known):
+        return None
+    found = []
+    for member, start, stop in run.ranges:
+        try:
+            found.append(index.read_member(member)[start:stop])
+        except Missing:
+            if without is None:
+                raise
+            without.found.add(index.shard_name(member))
+            return None
+    return np.concatenate(found)
 
 
 def stack(rows: Sequence[Batch]) -> Batch:

@@ -34,7 +34,7 @@ from sisa_dist.ops.products import (
     softmax_product_,
     unfold_heads,
 )
-from sisa_dist.ops.spans import Level, decay_sums, levels
+from sisa_dist.ops.spans import Level, decay_sums
 
 # Channels of k̂ over which the bias of a query head is dealt out, where one holds 8 or 11 bits: with two, a bias of 100
 # nats that content stands against is right to a thousandth of a nat; with one, to 0.2.
@@ -207,7 +207,7 @@ def _forgetting(q, k, v, log_f, doc_ids, scale, leaf, backend):  # type: ignore[
         shape, M, N = ops.shape, ops.q.shape[0], ops.k.shape[0]
         out, lse = (unfold_heads(x, N, M).flatten(1, 2) for x in ops.leaves().forward(scale=scale))
         lse = lse[..., 0]
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             rect = ops.rectangle(level)
             far_out, far_lse = attend(rect.q, rect.k, rect.v, d_v=shape.d_v, scale=scale, backend=backend)
             far_lse = far_lse.to(work) + rect.rise
@@ -252,7 +252,7 @@ def _forgetting_backward(dout, q, k, v, doc_ids, out, lse, L, scale, leaf, backe
         dq = unfold_heads(dq, N, M).flatten(1, 2)
         dk, dv = (x.unflatten(0, (N, -1)).flatten(1, 2) for x in (dk, dv))
         of_bias = of_bias.unflatten(0, (N, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [M, padded]
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             rect = ops.rectangle(level)
             row_lse = level.odd(lse) - rect.rise  # what the kernel forms is the score less the row's own bias
             if rect.outside is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.ops.backends import value_width
-from sisa_dist.ops.documents import crossing, mask_value
+from sisa_dist.ops.documents import crossing, mask_value, within_reach
 from sisa_dist.ops.leaf import Leaves
 from sisa_dist.ops.precision import exp_
 from sisa_dist.ops.spans import Level, as_complex, levels
@@ -62,18 +62,20 @@ class Buffers:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, shape: Shape, *, backend: str) -> None:
         self.shape = shape
+        doc = None if doc_ids is None else self.hold(doc_ids[:, None])
+        found = levels(shape.padded, shape.leaf)
+        self.levels = list(found if doc is None else within_reach(found, doc))  # small spans first
         self.v_width = self._v_width(q, backend)
         self.q, self.k = (self.spread(x, width=shape.width) for x in (q, k))
         self.v = self.like_v(v)
         self.doc_q = self.doc_k = None
-        if doc_ids is not None:
-            held = self.hold(doc_ids[:, None])
-            self.doc_q, self.doc_k = (held.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
+        if doc is not None:
+            self.doc_q, self.doc_k = (doc.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
 
     def _v_width(self, q: Tensor, backend: str) -> int:
         """Some kernels need v, out and dout as wide as q̂: where none such serves even the largest level, less."""
         shape = self.shape
-        largest = max((level.span for level in levels(shape.padded, shape.leaf)), default=0)
+        largest = max((level.last_keys or level.span for level in self.levels), default=0)
         sizes = {"num_keys": largest, "width": shape.width, "d_v": shape.d_v, "group": shape.group}
         return value_width(q.device, q.dtype, **sizes, backend=backend)
 

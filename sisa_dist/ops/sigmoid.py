@@ -24,7 +24,7 @@ from sisa_dist.ops.operands import Operands, Rectangle, Shape
 from sisa_dist.ops.precision import no_autocast, widen, work_dtype
 from sisa_dist.ops.products import CPU_CHUNK, chunks, fold_heads, scaled_bmm, unfold_heads
 from sisa_dist.ops.score import check_inputs
-from sisa_dist.ops.spans import Level, decay_sums, levels, phase_turns, turn
+from sisa_dist.ops.spans import Level, decay_sums, phase_turns, turn
 
 GPU_TILE = 1 << 27  # scores held at once off the CPU: 0.5 GB of fp32, twice that in the backward
 
@@ -120,7 +120,7 @@ def _sigmoid(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf):  # typ
             weight = scores(part(blocks, c), scale=scale)[0].add_(b[c]).sigmoid_()
             torch.bmm(weight, blocks.v[c], out=near[c])
         out = unfold_heads(near, N, M).flatten(1, 2)
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             _, (q_hat, k_hat, v_hat, b) = ops.far(level)
             far = q_hat.new_empty(*q_hat.shape[:2], shape.d_v)
             for c, r in _tiles(q_hat, k_hat):
@@ -157,7 +157,7 @@ def _sigmoid_backward(dout, q, k, v, C, B, lam, doc_ids, g, turns, scale, leaf):
         d_h, T = shape.d_h, shape.tokens
         dout = ops.spread(dout, dtype=work)
         dq, dk, dv, dC, dB = (x.flatten(1, 2) for x in _leaf_backward(ops, dout, scale=scale))
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             rect, (q_hat, k_hat, v_hat, b) = ops.far(level)
             far_dout = fold_heads(level.odd(dout), N)
             far_q = torch.empty_like(q_hat, memory_format=torch.contiguous_format)

@@ -7,8 +7,7 @@ import pytest
 from distributed.comparing import errors, red
 from distributed.grid import Case, run_case, run_plain
 from distributed.pool import run_job
-from mixer_cases import RIVALS
-from sisa_dist.model.mixers import MIXERS
+from mixer_cases import RIVALS, mixer_of
 
 ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (2, 3))
 
@@ -26,10 +25,6 @@ def cases(name: str) -> list[Case]:
     ]
 
 
-def mixer_of(name: str) -> str:
-    return RIVALS[name].get("mixer", name)
-
-
 # Every case of a mixer's first variant; of further ones, and of options of sisa and attention, two.
 FIRST = {mixer_of(name): name for name in reversed(RIVALS) if mixer_of(name) not in ("sisa", "attention")}
 FAST = [case for name in RIVALS for case in (cases(name) if name in FIRST.values() else cases(name)[:2])]
@@ -45,7 +40,3 @@ def test_a_rival_equals_one_process(case: Case) -> None:
     assert clip is not None and min(want.norms) > clip, "clipping must be active"
     assert all((want.final[name] - tensor).abs().max() > 1e-4 for name, tensor in want.initial.items())
     assert not red(errors(case, got, want))
-
-
-def test_every_mixer_has_its_row() -> None:
-    assert MIXERS.keys() - {"sisa", "attention"} == FIRST.keys()

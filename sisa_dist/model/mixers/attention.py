@@ -23,7 +23,7 @@ class AttentionScore(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, doc_ids: Tensor | None, cache: AttentionCache | None
     ) -> Tensor:
         if cache is not None:
-            return cache.attend(q, k, v)
+            return cache.attend(q, k, v, doc_ids=doc_ids)
         return causal_attention(q, k, v, doc_ids=doc_ids, backend=self.backend)
 
 
@@ -58,7 +58,7 @@ class Attention(Mixer):
         k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         if self.ssmax is not None:
-            (q_BHTK,) = self.ssmax(q_BHTK, doc_ids=doc_ids, start=cache.length if cache else 0)
+            (q_BHTK,) = self.ssmax(q_BHTK, doc_ids=doc_ids, cache=cache)
         y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
         return self.wo(merge_heads(y_BHTK))
 

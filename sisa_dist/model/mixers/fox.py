@@ -80,7 +80,7 @@ class FoxScore(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, *, doc_ids: Tensor | None, cache: FoxCache | None
     ) -> Tensor:
         if cache is not None:
-            return cache.attend(q, k, v, log_f, leaf=self.leaf, backend=self.backend)
+            return cache.attend(q, k, v, log_f, doc_ids=doc_ids, leaf=self.leaf, backend=self.backend)
         return forgetting_attention(q, k, v, log_f, doc_ids=doc_ids, leaf=self.leaf, backend=self.backend)
 
 
@@ -136,8 +136,9 @@ class FoX(Mixer):
         z = at_least_fp32(z_BHTK)
         first = torch.zeros_like(z[:, :, :1]) if cache is None or not cache.length else cache.unshifted[name]
         before = torch.cat((first, z[:, :, :-1]), dim=2)
-        if doc_ids is not None:
-            begins_BT = doc_ids != F.pad(doc_ids[:, :-1], (1, 0), value=-1)
+        ids = doc_ids if cache is None else cache.documents(doc_ids)  # of the tokens held too
+        if ids is not None:
+            begins_BT = F.pad(ids.diff(dim=1) != 0, (1, 0), value=True)[:, -z.shape[2] :]
             before = before.masked_fill(begins_BT[:, None, :, None], 0.0)
         if cache is not None:
             cache.unshifted[name] = z[:, :, -1:].clone()

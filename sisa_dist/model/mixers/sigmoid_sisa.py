@@ -30,7 +30,7 @@ class SigmoidScore(nn.Module):
 
     def forward(self, *qkvCB_log_alpha_theta_lam: Tensor, doc_ids: Tensor | None, cache: SisaCache | None) -> Tensor:
         if cache is not None:
-            return cache.attend(*qkvCB_log_alpha_theta_lam)
+            return cache.attend(*qkvCB_log_alpha_theta_lam, doc_ids=doc_ids)
         return sigmoid_sisa_attention(*qkvCB_log_alpha_theta_lam, doc_ids=doc_ids, leaf=self.leaf)
 
 

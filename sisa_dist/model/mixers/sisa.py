@@ -80,7 +80,7 @@ class SisaScore(nn.Module):
 
     def forward(self, *qkvCB_log_alpha_theta_lam: Tensor, doc_ids: Tensor | None, cache: SisaCache | None) -> Tensor:
         if cache is not None:
-            return cache.attend(*qkvCB_log_alpha_theta_lam)
+            return cache.attend(*qkvCB_log_alpha_theta_lam, doc_ids=doc_ids)
         return sisa_attention(
             *qkvCB_log_alpha_theta_lam,
             doc_ids=doc_ids,
@@ -157,7 +157,7 @@ class SISA(Mixer):
             theta_BHTP = lam_H.new_zeros(*B_BHTS.shape[:3], self.d_s // 2)
         log_alpha_BHT = lam_H.new_zeros(B_BHTS.shape[:3]) if self.decay is None else self.decay(x_BTD)
         if self.ssmax is not None:
-            q_BHTK, C_BHTS = self.ssmax(q_BHTK, C_BHTS, doc_ids=doc_ids, start=cache.length if cache else 0)
+            q_BHTK, C_BHTS = self.ssmax(q_BHTK, C_BHTS, doc_ids=doc_ids, cache=cache)
         y_BHTK = self.score(
             q_BHTK, k_BHTK, v_BHTK, C_BHTS, B_BHTS, log_alpha_BHT, theta_BHTP, lam_H, doc_ids=doc_ids, cache=cache
         )
