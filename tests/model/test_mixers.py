@@ -1,4 +1,4 @@
-"""What every mixer owes, rivals and ours alike: causality, decoding, strong and weak decay, counts.
+"""What every mixer owes, rivals and ours alike: causality, decoding, strong and weak decay, compile, counts.
 
 That packed documents stay apart is tests/model/test_document_isolation.py's.
 """
@@ -82,6 +82,22 @@ def test_fp32_is_near_fp64(name: str) -> None:
     for path, wanted in found[torch.float64].items():
         size = wanted.abs().max().clamp(min=5e-2)  # of a loss summed over 74 tokens
         assert (found[torch.float32][path].double() - wanted).abs().max() < 2e-4 * size, path
+
+
+@every_mixer
+def test_a_block_compiles_without_a_graph_break(name: str) -> None:
+    """With every gradient. One graph, whose layouts the compiler foresees; a wrong one shows in the backward."""
+    torch.compiler.reset()
+    block = model_of(name).blocks[0]
+    x = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    rope = rope_tables(0, 24, channels=8, theta=1e4, device=torch.device("cpu"))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    found = []
+    for f in (block, compiled):
+        y = f(x, rope)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])))
+    for wanted, got in zip(*found, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @every_mixer

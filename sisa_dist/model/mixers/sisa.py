@@ -46,14 +46,16 @@ class Decay(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, H_kv, T] fp32."""
-        log_alpha_BTH = -F.softplus(F.linear(at_least_fp32(x_BTD), self.weight, self.bias))
+        # Contiguous, as its gradient will be: of two layouts torch 2.13's compiler foresees softplus_backward wrongly.
+        raw_BHT = F.linear(at_least_fp32(x_BTD), self.weight, self.bias).transpose(1, 2).contiguous()
+        log_alpha_BHT = -F.softplus(raw_BHT)
         if self.log_alpha_min is not None:
-            log_alpha_BTH = log_alpha_BTH.clamp(min=self.log_alpha_min)
+            log_alpha_BHT = log_alpha_BHT.clamp(min=self.log_alpha_min)
         if self.training and torch.is_grad_enabled():
-            mean = log_alpha_BTH.detach().mean()
+            mean = log_alpha_BHT.detach().mean()
             new = torch.stack((mean, torch.ones_like(mean)))
             self.logged = new if self.logged is None else self.logged + new
-        return log_alpha_BTH.transpose(1, 2)
+        return log_alpha_BHT
 
 
 class Importance(nn.Module):
