@@ -10,7 +10,10 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
+from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, FoxConfig, MixerName, SisaConfig, SSMConfig
 from sisa_dist.config.section import Section
+
+MLPName = Literal["swiglu", "gelu", "none"]
 
 
 class ModelConfig(Section):
@@ -24,20 +27,27 @@ class ModelConfig(Section):
     n_kv_heads: PositiveInt | None = None  # None: n_heads
     head_dim: PositiveInt | None = None  # None: d_model / n_heads
     d_ff: PositiveInt
-    mixer: Literal["sisa", "attention"] | list[Literal["sisa", "attention"]] = "sisa"  # one, or one per layer
+    mixer: MixerName | list[MixerName] = "sisa"  # one, or one per layer
     d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
     rope_theta: PositiveFloat = 10_000.0
-    rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)  # of the channels of a head, from the first: these turn
+    rotary_fraction: float = Field(default=1.0, ge=0.0, le=1.0)  # of a head's channels, from the first: these turn
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # of the residual stream
     norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False  # RMSNorm over the channels of each head's q and k, before RoPE
     attention_bias: Literal["none", "qkv", "all"] = "none"  # of the projections to q, k and v; all: and of W_O
-    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu is the exact one, by erf
+    # One, or one per layer. gelu is the exact one, by erf; none: a block is its mixer alone
+    mlp: MLPName | list[MLPName] = "swiglu"
     mlp_bias: bool = False
     parallel_residual: bool = False  # mixer and MLP read one input, each through its norm, and are added to it together
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
+    ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
+    sisa: SisaConfig | None = None  # of the mixers with sisa's score; None: its defaults
+    # Tokens of a training sequence: with it scores are scaled by s · log n (SSMax, Nakanishi 2025), n the number of
+    # tokens a query sees, s learned per head, at first 1 / mean log n over the sequence
+    ssmax: int | None = Field(default=None, ge=2)
+    fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
 
     @property
     def padded_vocab_size(self) -> int:
@@ -69,11 +79,36 @@ class ModelConfig(Section):
         return [self.mixer] * self.n_layers if isinstance(self.mixer, str) else list(self.mixer)
 
     @property
+    def layer_mlps(self) -> list[str]:
+        return [self.mlp] * self.n_layers if isinstance(self.mlp, str) else list(self.mlp)
+
+    @property
+    def ssm_heads(self) -> int:
+        """Of every layer with a state-space model; 0 where there is none."""
+        return self.ssm_width // self.state_space.head_dim
+
+    @property
+    def ssm_width(self) -> int:
+        """Channels of the state-space model, all heads together; 0 where no layer has one."""
+        if not uses(self, "ssm"):
+            return 0
+        return self.state_space.width or round(self.state_space.expand * self.d_model)
+
+    @property
+    def state_space(self) -> SSMConfig:
+        return self.ssm or SSMConfig()
+
+    @property
+    def score_terms(self) -> SisaConfig:
+        """What sisa's importance term is made of."""
+        return self.sisa or SisaConfig()
+
+    @property
     def layer_d_s(self) -> list[int]:
         """SSM channels per head of every layer; 0 where the mixer has none."""
         if isinstance(self.d_s, list):
             return list(self.d_s)
-        return [(self.d_s or 0) if mixer == "sisa" else 0 for mixer in self.layer_mixers]
+        return [(self.d_s or 0) if "d_s" in MIXER_NAMES[mixer] else 0 for mixer in self.layer_mixers]
 
     @_model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -86,7 +121,7 @@ class ModelConfig(Section):
             )
         if self.width_per_head % 2:
             raise ValueError(f"head_dim {self.width_per_head} is odd and RoPE turns pairs: set an even head_dim")
-        if self.rotary_channels < 2 or self.rotary_channels % 2:
+        if self.rotary_channels % 2 or (self.rotary_fraction and not self.rotary_channels):
             raise ValueError(
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.width_per_head} is {self.rotary_channels} "
                 f"channels and RoPE turns pairs: set it for example to {2 / self.width_per_head:g} or 1.0"
@@ -100,17 +135,34 @@ class ModelConfig(Section):
             )
         if isinstance(self.d_s, list) and len(self.d_s) != self.n_layers:
             raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
-        if self.d_s is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
-        if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:
-            raise ValueError("log_alpha_min is set but no layer's mixer is sisa: remove log_alpha_min")
-        if self.d_s is None and "sisa" in self.layer_mixers:
+        if len(self.layer_mlps) != self.n_layers:
+            raise ValueError(f"mlp lists {len(self.layer_mlps)} layers, n_layers is {self.n_layers}: make them equal")
+        for key in SECTIONS:
+            if getattr(self, key) is not None and not uses(self, key):
+                raise ValueError(f"{key} is set but no layer's mixer reads it: remove {key}")
+        if self.ssm_width % self.state_space.head_dim:
+            raise ValueError(
+                f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "
+                "ssm.width or ssm.head_dim so that they are"
+            )
+        for key in ("d_s", "log_alpha_min"):
+            if getattr(self, key) is not None and not uses(self, key):
+                raise ValueError(f"{key} is set but no layer's mixer is sisa: remove {key}")
+        if self.log_alpha_min is not None and not self.score_terms.decay:
+            raise ValueError("log_alpha_min bounds a decay that sisa.decay false takes out: remove one of them")
+        if self.d_s is None and uses(self, "d_s"):
             raise ValueError("d_s is missing and a layer's mixer is sisa: set d_s, for example 32")
         for layer, (mixer, d_s) in enumerate(zip(self.layer_mixers, self.layer_d_s, strict=True)):
-            if mixer == "sisa" and (d_s < 2 or d_s % 2):
+            has_d_s = "d_s" in MIXER_NAMES[mixer]
+            if has_d_s and (d_s < 2 or d_s % 2):
                 raise ValueError(f"d_s of layer {layer} is {d_s}: channels turn in pairs, set an even number from 2")
-            if mixer == "attention" and d_s:
-                raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is attention: set 0 there")
+            if not has_d_s and d_s:
+                raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is {mixer}: set 0 there")
         if self.log_alpha_min is not None and not self.log_alpha_min < 0:
             raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
         return self
+
+
+def uses(model: ModelConfig, key: str) -> bool:
+    """Whether some layer's mixer reads `key`, one of those that not all do."""
+    return any(key in MIXER_NAMES[mixer] for mixer in model.layer_mixers)

@@ -119,9 +119,16 @@ def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:
             )
 
 
-def refuse_sisa(family: str, model: ModelConfig) -> None:
+def refuse_mixers(family: str, model: ModelConfig) -> None:
+    """Raises UserError where a layer is not plain attention."""
     if "sisa" in model.layer_mixers:
         raise UserError(f"model.mixer has sisa layers and a {family} model has none: export it as a sisa model")
+    for mixer in sorted(set(model.layer_mixers) - {"attention"}):
+        raise UserError(
+            f"model.mixer has {mixer} layers and a {family} model has none: export to consolidated safetensors"
+        )
+    if model.ssmax is not None:
+        raise UserError(f"model.ssmax has no place in a {family} model: export to consolidated safetensors")
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sisa_dist.config import ModelConfig, UserError
-from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_sisa, renamed, translated
+from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_mixers, renamed, translated
 from sisa_dist.convert.recipe import Recipe
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -84,7 +84,7 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
 
     `max_positions`: the context it is said to have; nothing in the function of the model depends on it.
     """
-    refuse_sisa("Llama-style", model)
+    refuse_mixers("Llama-style", model)
     same = dict(norm="rmsnorm", mlp="swiglu", parallel_residual=False, rotary_fraction=1.0)
     refuse("Llama-style", model, **same)
     if model.d_model % model.n_heads:

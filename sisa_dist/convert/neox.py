@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
-from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_sisa, renamed, translated
+from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_mixers, renamed, translated
 from sisa_dist.convert.recipe import Recipe
 
 MODEL_TYPES = ("gpt_neox",)
@@ -77,7 +77,7 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
 
     `max_positions`: the context it is said to have; nothing in the function of the model depends on it.
     """
-    refuse_sisa("GPT-NeoX", model)
+    refuse_mixers("GPT-NeoX", model)
     refuse("GPT-NeoX", model, norm="layernorm", mlp="gelu", mlp_bias=True, qk_norm=False, kv_heads=model.n_heads)
     refuse("GPT-NeoX", model, attention_bias="all" if model.output_bias else "none")
     if model.width_per_head * model.n_heads != model.d_model:

@@ -22,10 +22,11 @@ from sisa_dist.model.init import Constant, init_rule, initial_value
 def upcycle(model: ModelConfig, *, d_s: int | list[int]) -> ModelConfig:
     """The SISA model that `recipes` fills. d_s: SSM channels per head, one or one per layer (0: stays as it is).
 
-    Raises UserError where `model` has sisa layers already, or d_s does not fit it.
+    Raises UserError where `model` has other layers than attention, or d_s does not fit it.
     """
-    if "sisa" in model.layer_mixers:
-        raise UserError("model.mixer has sisa layers already: only a Transformer is upcycled")
+    for other in sorted(set(model.layer_mixers) - {"attention"}):
+        already = " already" if other == "sisa" else ""
+        raise UserError(f"model.mixer has {other} layers{already}: only a Transformer is upcycled")
     mixer = ["sisa" if channels else "attention" for channels in d_s] if isinstance(d_s, list) else "sisa"
     return model_of(model.model_dump() | {"mixer": mixer, "d_s": d_s}, source="upcycling")
 

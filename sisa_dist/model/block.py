@@ -1,4 +1,7 @@
-"""One pre-norm block: h += mixer(norm1(h)), h += mlp(norm2(h)); or in parallel h += mixer(norm1(h)) + mlp(norm2(h))."""
+"""One pre-norm block: h += mixer(norm1(h)), h += mlp(norm2(h)); or in parallel h += mixer(norm1(h)) + mlp(norm2(h)).
+
+A block may be without MLP, and then is without norm2.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sisa_dist.config import AttentionConfig, ModelConfig
-from sisa_dist.model.mixers import MIXERS
+from sisa_dist.model.mixers import MIXERS, Cache
 from sisa_dist.model.mlp import feed_forward
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import RopeTables
-from sisa_dist.ops import AttentionCache, SisaCache
 
 
 class Block(nn.Module):
@@ -18,8 +20,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = residual_norm(config)
         self.mixer = MIXERS[config.layer_mixers[layer]](config, layer, attention)
-        self.norm2 = residual_norm(config)
-        self.mlp = feed_forward(config)
+        self.mlp = feed_forward(config, layer)
+        if self.mlp is not None:
+            self.norm2 = residual_norm(config)
         self.parallel_residual = config.parallel_residual
         self.activation_checkpointing = False
 
@@ -28,16 +31,16 @@ class Block(nn.Module):
         h_BTD: Tensor,
         rope: RopeTables,
         doc_ids: Tensor | None = None,
-        cache: AttentionCache | SisaCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         # Inside forward, so that FSDP wraps the recomputation and gathers the parameters for it.
         if self.activation_checkpointing and h_BTD.requires_grad:
             return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, use_reentrant=False)
         return self._forward(h_BTD, rope, doc_ids, cache)
 
-    def _forward(
-        self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: AttentionCache | SisaCache | None
-    ) -> Tensor:
+    def _forward(self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        if self.mlp is None:
+            return h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
         if self.parallel_residual:
             return h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache) + self.mlp(self.norm2(h_BTD))
         h_BTD = h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from sisa_dist.config import ModelConfig
+from sisa_dist.model.mixers import MIXERS
+from sisa_dist.model.mlp import MLP_MATRICES
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward, averaged over a causal sequence of seq_len; recomputation is not counted."""
-    d, d_h, heads, kv_heads = config.d_model, config.width_per_head, config.n_heads, config.kv_heads
-    per_token = float(d * config.padded_vocab_size)
-    mlp_matrices = 3 if config.mlp == "swiglu" else 2
-    for d_s in config.layer_d_s:
-        per_token += d * d_h * (2 * heads + 2 * kv_heads) + mlp_matrices * d * config.d_ff
-        if d_s:
-            per_token += d * (heads * d_s + kv_heads * d_s + kv_heads * d_s // 2 + kv_heads)
-        # A query meets (T + 1) / 2 keys on average: scores of width d_h + d_s, values of width d_h.
-        per_token += heads * (2 * d_h + d_s) * (seq_len + 1) / 2
+    per_token = float(config.d_model * config.padded_vocab_size)
+    for layer, (mixer, mlp) in enumerate(zip(config.layer_mixers, config.layer_mlps, strict=True)):
+        per_token += MIXERS[mixer].multiply_adds(config, layer, seq_len)
+        per_token += MLP_MATRICES[mlp] * config.d_model * config.d_ff
     return 3 * 2 * per_token

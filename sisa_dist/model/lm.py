@@ -8,11 +8,9 @@ from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.block import Block
 from sisa_dist.model.head import Head
 from sisa_dist.model.init import init_parameters
+from sisa_dist.model.mixers import Cache
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import rope_tables
-from sisa_dist.ops import AttentionCache, SisaCache
-
-Cache = list[AttentionCache | SisaCache]
 
 
 class LM(nn.Module):
@@ -38,7 +36,7 @@ class LM(nn.Module):
         *,
         doc_ids_BT: Tensor | None = None,
         per_token: bool = False,
-        cache: Cache | None = None,
+        cache: list[Cache] | None = None,
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None.
@@ -72,7 +70,7 @@ class LM(nn.Module):
         for block in self.blocks:
             getattr(block.mixer, "reset_statistics", lambda: None)()
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> list[Cache]:
         """An empty decode cache, one entry per layer."""
         return [block.mixer.new_cache() for block in self.blocks]  # type: ignore[union-attr, operator]
 

@@ -33,6 +33,11 @@ class GELU(nn.Module):
         return self.down(F.gelu(self.up(x_BTD)))
 
 
-def feed_forward(config: ModelConfig) -> SwiGLU | GELU:
-    """The MLP of a block, of the kind the config names."""
-    return (SwiGLU if config.mlp == "swiglu" else GELU)(config.d_model, config.d_ff, bias=config.mlp_bias)
+MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
+MLP_MATRICES = {"swiglu": 3, "gelu": 2, "none": 0}  # of d_model × d_ff
+
+
+def feed_forward(config: ModelConfig, layer: int) -> SwiGLU | GELU | None:
+    """The MLP of a block, of the kind the config names for the layer; None where it has none."""
+    kind = config.layer_mlps[layer]
+    return None if kind == "none" else MLPS[kind](config.d_model, config.d_ff, bias=config.mlp_bias)

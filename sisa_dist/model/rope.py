@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.model.precision import at_least_fp32
-from sisa_dist.ops.documents import Segments
+from sisa_dist.ops.documents import tokens_seen
 
 
 class RopeTables(NamedTuple):
@@ -37,9 +37,8 @@ def rope_tables(
     """
     # Angles in fp64: at position 1e5 an fp32 angle is off by up to 4e-3.
     frequency_P = theta ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
-    position_T = torch.arange(start, start + length, device=device)
-    if doc_ids_BT is not None:
-        position_T = (position_T - Segments.of(doc_ids_BT).first[:, start:])[:, None]
+    position_BT = tokens_seen(doc_ids_BT, length, start=start, device=device) - 1
+    position_T = position_BT[0] if doc_ids_BT is None else position_BT[:, None]
     angle_TP = position_T[..., None] * frequency_P
     return RopeTables(angle_TP.cos().float(), angle_TP.sin().float())
 

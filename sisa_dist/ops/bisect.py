@@ -142,14 +142,14 @@ def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, sc
             return x.unflatten(0, (shape.batch, -1))[:, :, :T]
 
         dq, dk, dv, dC, dB = (cut(x) for x in (dq, dk, dv, dC, dB))
-        dC, dB, dlog_alpha, dtheta, dlam = _through_rotation(
+        dC, dB, dlog_alpha, dtheta, dlam = through_rotation(
             dC, dB, C.to(work), B.to(work), unit, lam.to(work), doc_ids, scale=scale
         )
     grads = [x.to(like.dtype).contiguous() for x, like in zip((dq, dk, dv, dC, dB), (q, k, v, C, B), strict=True)]
     return *grads, dlog_alpha.to(work).contiguous(), dtheta.to(work).contiguous(), dlam
 
 
-def _through_rotation(
+def through_rotation(
     dC: Tensor, dB: Tensor, C: Tensor, B: Tensor, unit: Tensor, lam: Tensor, doc_ids: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the gradients of C̃ = (λ/scale) e^g R(Φ) C and B̃ = e^−g R(Φ) B to those of C, B, log α, θ and λ.

@@ -11,6 +11,8 @@ each chunk brings the doc_ids of its tokens, and only keys of a query's own docu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,13 @@ from torch import Tensor
 
 from sisa_dist.config import UserError
 from sisa_dist.ops.attention import causal_attention
+from sisa_dist.ops.documents import tokens_seen
+from sisa_dist.ops.forgetting import forgetting_attention
 from sisa_dist.ops.masks import causal_mask, document_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
 from sisa_dist.ops.score import sisa_attention
+from sisa_dist.ops.sigmoid import sigmoid_sisa_attention, sigmoid_weights_
 
 # Queries scored at once against the cache: bounds the explicit [.., rows, length] scores of a long chunk.
 ROWS = 256
@@ -93,9 +98,7 @@ class AttentionCache(_Cache):
         k_all, v_all = self._k.append(k), self._v.append(v)
         if first:
             return causal_attention(q, k, v, scale=scale, doc_ids=doc_ids)
-        mask = None if t == 1 else causal_mask(t, self.length, device=q.device)
-        if held_ids is not None:
-            mask = document_mask(held_ids, t)
+        mask = _visible(t, self.length, held_ids, device=q.device)
         with no_autocast(q.device):
             return F.scaled_dot_product_attention(
                 q, k_all, v_all, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -145,7 +148,7 @@ class SisaCache(_Cache):
         g_all = self._g.append(g_BGt)
         self._last = g_BGt[:, :, -1:].clone(), phase_BGtm[:, :, -1:].clone()
         if first:
-            return sisa_attention(q, k, v, C, B, log_alpha, theta, lam, scale=scale, doc_ids=doc_ids)
+            return self._whole(q, k, v, C, B, log_alpha, theta, lam, scale=scale, doc_ids=doc_ids)
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         with no_autocast(q.device):
@@ -156,8 +159,27 @@ class SisaCache(_Cache):
                 queries = q[:, :, i : i + ROWS].to(work), C_rot[:, :, i : i + ROWS], g_BGt[:, :, i : i + ROWS]
                 keys = (x[:, :, :seen] for x in (k_all, v_all, B_all, g_all))
                 ids = None if held_ids is None else held_ids[:, :seen]
-                rows.append(_attend_rows(*queries, *keys, scale=scale, doc_ids_Bn=ids))
+                rows.append(_attend_rows(*queries, *keys, scale=scale, doc_ids_Bn=ids, weigh=self._weigh))
         return torch.cat(rows, dim=2).to(q.dtype)
+
+    _whole: Callable[..., Tensor] = staticmethod(sisa_attention)
+
+    @staticmethod
+    def _weigh(score_BHrn: Tensor, doc_ids_Bn: Tensor | None) -> Tensor:
+        """Weights of the keys from scores, −inf where hidden."""
+        return score_BHrn.softmax(-1)
+
+
+class SigmoidSisaCache(SisaCache):
+    """The same for the sigmoid in place of the softmax: what `sigmoid_sisa_attention` gives for the full run."""
+
+    _whole: Callable[..., Tensor] = staticmethod(sigmoid_sisa_attention)
+
+    @staticmethod
+    def _weigh(score_BHrn: Tensor, doc_ids_Bn: Tensor | None) -> Tensor:
+        r, n = score_BHrn.shape[2:]
+        seen = tokens_seen(doc_ids_Bn, r, start=n - r, device=score_BHrn.device)
+        return sigmoid_weights_(score_BHrn, seen[:, None, :, None])
 
 
 def _attend_rows(
@@ -171,15 +193,77 @@ def _attend_rows(
     *,
     scale: float,
     doc_ids_Bn: Tensor | None,
+    weigh: Callable[[Tensor, Tensor | None], Tensor],
 ) -> Tensor:
-    """Softmax over n keys of the last r of them as queries; every head of a group shares its keys without a copy."""
+    """n keys weighed by the last r of them as queries; every head of a group shares its keys without a copy."""
     batch, H, r, _ = q_BHrd.shape
     G, n, work = k_BGnd.shape[1], k_BGnd.shape[2], q_BHrd.dtype
     q, C = (x.reshape(batch, G, H // G * r, -1) for x in (q_BHrd, C_BHrs))
     decay_BGrn = (g_BGr[..., :, None] - g_BGn[..., None, :]).clamp(max=0.0).to(work).exp()
     score = ((C @ B_BGns.to(work).mT).unflatten(2, (-1, r)) * decay_BGrn[:, :, None]).flatten(2, 3)
     score = score + (q @ k_BGnd.to(work).mT) * scale
-    if r > 1 or doc_ids_Bn is not None:
-        visible = causal_mask(r, n, device=q.device) if doc_ids_Bn is None else document_mask(doc_ids_Bn, r)[:, :, None]
-        score = score.unflatten(2, (-1, r)).masked_fill(~visible, float("-inf")).flatten(2, 3)
-    return (score.softmax(-1) @ v_BGnv.to(work)).reshape(batch, H, r, -1)
+    weight = weigh(_hide(score.view(batch, H, r, n), doc_ids_Bn), doc_ids_Bn).view(batch, G, -1, n)
+    return (weight @ v_BGnv.to(work)).view(batch, H, r, -1)
+
+
+class ForgettingCache(_Cache):
+    """Keys, values and running log f, fp64, of one layer of forgetting attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._L = GrowingBuffer()
+        self._last: Tensor | None = None  # L after the last token, fp64
+
+    @torch.no_grad()
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_f: Tensor,
+        *,
+        scale: float | None = None,
+        doc_ids: Tensor | None = None,
+        **first_chunk: Any,
+    ) -> Tensor:
+        """Append one chunk of t tokens and attend its queries to everything cached.
+
+        Shapes are those of `forgetting_attention` with t in place of T; `doc_ids` `[B, t]` go on from those of the
+        tokens held; `first_chunk` are its further options, for the chunk that begins a generation. Returns
+        `[B, H, t, d_v]` in q's dtype: what `forgetting_attention` gives for the last t tokens of the full run.
+        """
+        t, before = q.shape[2], self.length
+        held_ids = self._doc_ids_BT = self.documents(doc_ids)
+        L_BHt = running_sum(log_f, dim=-1)
+        if self._last is not None:
+            L_BHt = L_BHt + self._last
+        self._last = L_BHt[:, :, -1:].clone()
+        k_all, v_all, L_all = self._k.append(k), self._v.append(v), self._L.append(L_BHt)
+        if not before:
+            return forgetting_attention(q, k, v, log_f, scale=scale, doc_ids=doc_ids, **first_chunk)
+        batch, heads, group, work = q.shape[0], k.shape[1], q.shape[1] // k.shape[1], work_dtype(q.dtype)
+        scale, rows = q.shape[-1] ** -0.5 if scale is None else scale, []
+        with no_autocast(q.device):
+            for i in range(0, t, ROWS):
+                n, q_r = before + min(i + ROWS, t), q[:, :, i : i + ROWS].to(work)
+                r = q_r.shape[2]
+                bias_BHrn = (L_BHt[:, :, i : i + r, None] - L_all[:, :, None, :n]).to(work)
+                score = (q_r.reshape(batch, heads, group * r, -1) @ k_all[:, :, :n].to(work).mT) * scale
+                score = _hide(score.view_as(bias_BHrn) + bias_BHrn, None if held_ids is None else held_ids[:, :n])
+                weight = score.softmax(-1).view(batch, heads, group * r, n)
+                rows.append((weight @ v_all[:, :, :n].to(work)).view(batch, heads * group, r, -1))
+        return torch.cat(rows, dim=2).to(q.dtype)
+
+
+def _visible(r: int, n: int, doc_ids_Bn: Tensor | None, *, device: torch.device) -> Tensor | None:
+    """Bool, True = visible, of n keys by the last r of them, to stand against `[B, H, r, n]`; None where all are."""
+    if doc_ids_Bn is not None:
+        return document_mask(doc_ids_Bn, r)
+    return causal_mask(r, n, device=device) if r > 1 else None
+
+
+def _hide(score_BHrn: Tensor, doc_ids_Bn: Tensor | None) -> Tensor:
+    """−inf where a key is later, or of another document."""
+    r, n = score_BHrn.shape[2:]
+    visible = _visible(r, n, doc_ids_Bn, device=score_BHrn.device)
+    return score_BHrn if visible is None else score_BHrn.masked_fill(~visible, float("-inf"))

@@ -76,6 +76,15 @@ class Segments(NamedTuple):
         return Segments(starts.cummax(1).values, ends.flip(1).cummin(1).values.flip(1))
 
 
+def tokens_seen(doc_ids_BT: Tensor | None, num_tokens: int, *, start: int = 0, device: torch.device) -> Tensor:
+    """How many tokens each of num_tokens sees, itself among them: `[1, num_tokens]`, or with documents `[B, ·]`, int64.
+
+    `start` tokens came before the first; doc_ids `[B, start + num_tokens]` are of those too.
+    """
+    place = torch.arange(start + 1, start + num_tokens + 1, device=device)[None]
+    return place if doc_ids_BT is None else place - Segments.of(doc_ids_BT).first[:, start:]
+
+
 def suffix_sums(x_BGT: Tensor, segments: Segments | None) -> Tensor:
     """Σ over t' ≥ t of the same document along dim 2 of `[B, H_kv, T, ...]`, fp64; exactly 0 at its first token.
 

@@ -48,11 +48,11 @@ class LeafGradients(NamedTuple):
 def leaf_forward(leaves: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     """Returns out `[M, n, L, d_v]` and lse `[M, n, L]`, in at least fp32."""
     M, N = leaves.q.shape[0], leaves.k.shape[0]
-    blocks = _blocks(leaves)
+    blocks = blocks_of(leaves)
     q, v = blocks.q, blocks.v
     out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(*q.shape[:2], 1)
     for c in chunks(q.shape[0], q.shape[1] * v.shape[1], q.device):
-        score, _ = _scores(_part(blocks, c), scale=scale)
+        score, _ = scores(part(blocks, c), scale=scale)
         softmax_product_(score, v[c], out=out[c], lse=lse[c])
     return unfold_heads(out, N, M), unfold_heads(lse, N, M)[..., 0]
 
@@ -60,40 +60,36 @@ def leaf_forward(leaves: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
 def leaf_backward(dout: Tensor, leaves: Leaves, lse: Tensor, delta: Tensor, *, scale: float) -> LeafGradients:
     """Gradients in at least fp32, given lse and δ `[M, n, L]` of the rows' whole softmax; C's and B's as passed."""
     M, N = leaves.q.shape[0], leaves.k.shape[0]
-    blocks = _blocks(leaves)
+    blocks = blocks_of(leaves)
     dout, lse, delta = (widen(fold_heads(x, N)) for x in (dout, lse[..., None], delta[..., None]))
     dq, dk, dv, dC, dB = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in blocks[:5])
     for c in chunks(dq.shape[0], dq.shape[1] * dk.shape[1], dq.device):
-        q, k, v, C, B = (x[c] for x in blocks[:5])
-        score, decay = _scores(_part(blocks, c), scale=scale)
+        here = part(blocks, c)
+        score, decay = scores(here, scale=scale)
         prob = exp_(score.sub_(lse[c]))
         torch.bmm(prob.mT, dout[c], out=dv[c])
-        dscore = score_gradient(prob, dout[c], v, delta[c])
-        scaled_bmm(dscore, k, scale, out=dq[c])
-        scaled_bmm(dscore.mT, q, scale, out=dk[c])
-        _per_head(dscore, decay).mul_(decay[:, None])
-        scaled_bmm(dscore, B, scale, out=dC[c])
-        scaled_bmm(dscore.mT, C, scale, out=dB[c])
+        dscore = score_gradient(prob, dout[c], here.v, delta[c])
+        scores_backward_(dscore, here, decay, (dq[c], dk[c], dC[c], dB[c]), scale=scale)
     dk, dv, dB = (x.unflatten(0, (N, -1)) for x in (dk, dv, dB))
     return LeafGradients(unfold_heads(dq, N, M), dk, dv, unfold_heads(dC, N, M), dB)
 
 
-def _blocks(leaves: Leaves) -> Leaves:
+def blocks_of(leaves: Leaves) -> Leaves:
     """The same with all blocks in one batch dimension: q, C `[N·n, (M/N)·L, ·]`, k, v, B, g `[N·n, L, ·]`."""
     N = leaves.k.shape[0]
     q, k, v, C, B = (widen(fold_heads(x, N)) for x in leaves[:5])
     return Leaves(q, k, v, C, B, leaves.g.flatten(0, 1), leaves.hidden)
 
 
-def _part(blocks: Leaves, c: slice) -> Leaves:
+def part(blocks: Leaves, c: slice) -> Leaves:
     q, k, v, C, B, g = (x[c] for x in blocks[:6])
     return Leaves(q, k, v, C, B, g, blocks.hidden if blocks.hidden.ndim == 2 else blocks.hidden[c])
 
 
-def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
+def scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     """scale·(q kᵀ + e^{g_i−g_j} ∘ C Bᵀ), −inf where hidden, and the decay `[n, L, L]`."""
     q, g, hidden = blocks.q, blocks.g, blocks.hidden
-    decay = exp_(_span_sums(g, q.dtype).clamp_(max=0.0))
+    decay = exp_(span_sums(g, q.dtype).clamp_(max=0.0))
     score = torch.bmm(blocks.C, blocks.B.mT)
     per_head = _per_head(score, decay)
     bias = score.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
@@ -101,7 +97,19 @@ def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     return score.baddbmm_(q, blocks.k.mT, beta=scale, alpha=scale), decay
 
 
-def _span_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+def scores_backward_(
+    dscore: Tensor, blocks: Leaves, decay: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor], *, scale: float
+) -> None:
+    """From the gradient of `scores` to those of q, k, C and B, written into `out`; overwrites dscore."""
+    dq, dk, dC, dB = out
+    scaled_bmm(dscore, blocks.k, scale, out=dq)
+    scaled_bmm(dscore.mT, blocks.q, scale, out=dk)
+    _per_head(dscore, decay).mul_(decay[:, None])
+    scaled_bmm(dscore, blocks.B, scale, out=dC)
+    scaled_bmm(dscore.mT, blocks.C, scale, out=dB)
+
+
+def span_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
     """g_i − g_j `[n, L, L]` in `dtype` from exact fp64 g `[n, L]`.
 
     For fp32 without an fp64 `[n, L, L]`, which would cost three times as much: g is split on a grid of 2^-12 nats.

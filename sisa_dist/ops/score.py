@@ -60,7 +60,7 @@ def sisa_attention(
     Returns `[B, H, T, d_v]` in q's dtype. Raises UserError for shapes, dtypes or settings that do not fit.
     """
     check_name(backend, q.device)
-    _check(q, k, v, C, B, log_alpha, theta, lam, doc_ids, path, scale, log_alpha_min, leaf)
+    check_inputs(q, k, v, C, B, log_alpha, theta, lam, doc_ids, path, scale, log_alpha_min, leaf)
     T, scale = q.shape[2], q.shape[-1] ** -0.5 if scale is None else float(scale)
     if path == "auto":
         safe = log_alpha_min is not None and doc_ids is None and T * -log_alpha_min <= SAFE_RANGE
@@ -77,7 +77,7 @@ def sisa_attention(
         return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=leaf, backend=backend)
 
 
-def _check(
+def check_inputs(
     q: Tensor,
     k: Tensor,
     v: Tensor,

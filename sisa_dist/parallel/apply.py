@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sisa_dist.model import LM
+from sisa_dist.model.norm import RMSNorm
 from sisa_dist.parallel.layers import (
     Border,
     VocabularyEmbedding,
@@ -22,6 +23,8 @@ from sisa_dist.parallel.layers import (
     add_after,
     enter_before,
     leave_after,
+    norm_over_ranks,
+    sum_after,
     sum_gradients,
 )
 from sisa_dist.parallel.mesh import Mesh
@@ -79,6 +82,10 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
             sum_gradients(module, leaf, border.group, rows=_own_rows(model, name, split, mesh))
         if split.kind == "row":
             leave_after(module, border)
+        if split.kind == "inner":
+            sum_after(module, border.group)
+        if split.kind == "column" and isinstance(module, RMSNorm):
+            norm_over_ranks(module, border.group)
         if split.kind == "vocab" and isinstance(module, nn.Embedding):
             _cut_embedding(module, mesh, border)
     for name, region in model.named_modules():
@@ -120,7 +127,7 @@ def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: 
         return Slice(None, "partial" if sequence_parallel else "full", shape)
     if split.kind == "shared" or _held_whole(model, split, tp_size):
         return Slice(None, "partial" if tp_size > 1 else "full", shape)
-    return Slice(1 if split.kind == "row" else 0, "full", shape)
+    return Slice(1 if split.kind in ("row", "inner") else 0, "full", shape)
 
 
 def _held_whole(model: LM, split: Split, tp_size: int) -> bool:

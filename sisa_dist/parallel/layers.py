@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sisa_dist.model.loss import Vocabulary
+from sisa_dist.model.norm import RMSNorm
+from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.parallel import collectives
 
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
@@ -51,6 +53,39 @@ def leave_after(module: nn.Module, border: Border) -> None:
         return border.leave(output)
 
     module.register_forward_hook(hook)
+
+
+def sum_after(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """The module's output, a partial sum inside the region, is summed; each rank goes on with it for its own slice."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
+        return _sum_inside(output, group)
+
+    module.register_forward_hook(hook)
+
+
+def _sum_inside(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, of which each makes other use: so its gradient is a sum over ranks too."""
+    return collectives.copy(collectives.reduce(x, group), group)
+
+
+class _RMSNormOverRanks(RMSNorm):
+    """An RMSNorm whose channels are dealt out: only one number a token, the sum of squares, comes from the others."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, x_wide = self.weight, at_least_fp32(x)
+        squares = _sum_inside(x_wide.square().sum(-1, keepdim=True), self.group)
+        width = weight.shape[0] * self.group.size()
+        return (x_wide * torch.rsqrt(squares / width + self.eps) * weight).to(x.dtype)
+
+
+def norm_over_ranks(module: RMSNorm, group: dist.ProcessGroup) -> None:
+    """The module's channels are those of all ranks of `group` together."""
+    module.__class__ = _RMSNormOverRanks
+    assert isinstance(module, _RMSNormOverRanks)
+    module.group = group
 
 
 def add_after(module: nn.Module, group: dist.ProcessGroup, *, partial: bool) -> None:

@@ -1,15 +1,18 @@
 """How tensor parallelism splits the model: a table of data. `apply.py` carries it out; a new mixer adds lines here.
 
-`PLAN` gives every parameter, by a pattern of its full name, one of six kinds:
+`PLAN` gives every parameter, by a pattern of its full name, one of seven kinds:
 
     column      tp_dim 0: rows of a projection, or of a per-head parameter, are dealt out
     row         tp_dim 1: columns are dealt out, and the module's output is a partial sum
+    inner       tp_dim 1, as row, but inside a region: the sum over ranks is what each goes on with
     vocab       tp_dim 0: rows of the embedding or the head
     replicated  whole on every rank, used on the residual stream: under sequence parallelism each rank sees only its
                 part of the sequence, so gradients are then partial
     added       whole on every rank: the bias of a row layer, added once to the sum of the ranks' parts; it acts on the
                 residual stream, as what is replicated does
     shared      whole on every rank and used by each with its own heads: gradients are always partial
+
+The gain of an RMSNorm over all heads together is `column`: the mean of squares is then taken over all ranks' channels.
 
 `over` is what is dealt out, a property of ModelConfig; tp must divide it. Only for kv heads may tp be the larger: what
 belongs to them is then held whole, each rank uses the rows of its own kv head, and gradients are partial.
@@ -23,7 +26,7 @@ from typing import Literal
 
 from sisa_dist.config import ModelConfig, UserError
 
-Kind = Literal["column", "row", "vocab", "replicated", "added", "shared"]
+Kind = Literal["column", "row", "inner", "vocab", "replicated", "added", "shared"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.wo.weight": Split("row", "n_heads"),
     "blocks.*.mixer.wo.bias": Split("added"),
     "blocks.*.mixer.?_norm.weight": Split("shared"),
+    "blocks.*.mixer.ssmax.scale": Split("column", "n_heads"),
     # sisa: C and λ belong to the query head; B, θ and α to the kv head
     "blocks.*.mixer.wc.weight": Split("column", "n_heads"),
     "blocks.*.mixer.wb.weight": Split("column", "kv_heads"),
@@ -56,6 +60,12 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.decay.weight": Split("column", "kv_heads"),
     "blocks.*.mixer.decay.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.importance.lambda_raw": Split("column", "n_heads"),
+    # fox: the forget gate, and pro's output gate and norm, belong to the query head; pro's shifts to the kv head
+    "blocks.*.mixer.forget.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.forget.bias": Split("column", "n_heads"),
+    "blocks.*.mixer.output_gate.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.?_shift.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer.output_norm.weight": Split("column", "n_heads"),
     # feed-forward
     "blocks.*.mlp.gate.weight": Split("column", "d_ff"),
     "blocks.*.mlp.gate.bias": Split("column", "d_ff"),
@@ -97,8 +107,8 @@ def check_tp(model: ModelConfig, tp: int) -> None:
 
 
 def _misfit(model: ModelConfig, tp: int) -> str | None:
-    for over in ("n_heads", "kv_heads", "d_ff", "padded_vocab_size"):
-        size = getattr(model, over)
+    for over in ("n_heads", "kv_heads", "d_ff", "padded_vocab_size", "ssm_heads"):
+        size = getattr(model, over)  # 0 where the model has none
         if size % tp and not (over == "kv_heads" and tp % size == 0):
             return over
     return None

@@ -20,6 +20,7 @@ from data_pipeline.tokenizer import find_tokenizer
 from sisa_dist.config import EngineConfig, ParallelConfig, RunConfig, dump_config
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
+from sisa_dist.ops.forgetting import bias_channels
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import AXES, Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
@@ -118,16 +119,22 @@ def _backend_table(config: RunConfig, mesh: Mesh) -> Table:
     group = (model.n_heads // tp) // max(model.kv_heads // tp, 1)
     kinds: dict[tuple[str, int], list[str]] = {}
     for layer, kind in enumerate(zip(model.layer_mixers, model.layer_d_s, strict=True)):
+        if kind[0] == "sigmoid_sisa":  # no softmax, so none of its kernels
+            continue
         kinds.setdefault(kind, []).append(str(layer))
     for (mixer, d_s), layers in kinds.items():
         d_qk = model.width_per_head + d_s + (config.data.document_mask if mixer == "sisa" else 0)
+        if mixer == "fox":
+            d_qk += bias_channels(dtype, group)
+        boundless = not model.score_terms.decay and not config.data.document_mask  # score.py takes one call at any T
+        one_call = mixer == "attention" or (mixer == "sisa" and boundless and config.attention.path != "bisected")
         verdicts = explain_backends(
             mesh.device,
             dtype,
             d_qk=d_qk,
             d_v=model.width_per_head,
             group=group,
-            causal=mixer == "attention",
+            causal=one_call,
             backend=config.attention.backend,
         )
         label = f"{mixer}{f', d_s {d_s}' if d_s else ''}: {', '.join(layers)}"

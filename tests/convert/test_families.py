@@ -182,6 +182,8 @@ def test_what_ours_cannot_be_is_refused_by_name(family: str, changes: dict[str, 
     ("family", "changes", "says"),
     [
         (llama, {"mixer": "sisa", "d_s": 8}, "model.mixer has sisa layers"),
+        (llama, {"mixer": "fox"}, "model.mixer has fox layers"),
+        (llama, {"ssmax": 64}, "model.ssmax has no place"),
         (llama, {"norm": "layernorm"}, "model.norm is 'layernorm' and a Llama-style model has 'rmsnorm'"),
         (llama, {"parallel_residual": True}, "model.parallel_residual is True"),
         (llama, {"rotary_fraction": 0.5}, "model.rotary_fraction is 0.5"),

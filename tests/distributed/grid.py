@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from distributed.probing import on_gradients, weights
+from mixer_cases import RIVALS
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.optim import build_optimizer
@@ -61,7 +62,7 @@ class Case:
     """One point of the grid. The first five axes are the promise; the rest ride along in the covering subset."""
 
     layout: str
-    mixer: str  # sisa | attention
+    mixer: str  # sisa | attention | one of RIVALS
     n_kv_heads: int  # 4 is no GQA; 2 and 1 are held whole where tp is larger
     d_s: str  # uniform | heterogeneous (under attention: a sisa layer beside it)
     precision: str  # fp32 | bf16
@@ -82,17 +83,22 @@ class Case:
         return LAYOUTS[self.layout][0]
 
     def config(self) -> RunConfig:
-        mixers, d_s = {
-            ("sisa", "uniform"): ("sisa", 8),
-            ("sisa", "heterogeneous"): ("sisa", [4, 16]),
-            ("attention", "uniform"): ("attention", None),
-            ("attention", "heterogeneous"): (["attention", "sisa"], [0, 8]),
-        }[self.mixer, self.d_s]
+        rival = RIVALS.get(self.mixer)
+        mixers, d_s = (
+            (self.mixer, None)
+            if rival is not None
+            else {
+                ("sisa", "uniform"): ("sisa", 8),
+                ("sisa", "heterogeneous"): ("sisa", [4, 16]),
+                ("attention", "uniform"): ("attention", None),
+                ("attention", "heterogeneous"): (["attention", "sisa"], [0, 8]),
+            }[self.mixer, self.d_s]
+        )
         model = dict(vocab_size=VOCAB, vocab_multiple=16, d_model=32, n_layers=2, n_heads=4, d_ff=48, mixer=mixers)
         model |= dict(d_s=d_s, n_kv_heads=self.n_kv_heads, qk_norm=self.qk_norm, tie_embeddings=self.tied)
         return parse_config(
             {
-                "model": model | {"init_std": 0.1} | STYLES[self.style],
+                "model": model | {"init_std": 0.1} | STYLES[self.style] | (rival or {}),
                 "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
                 "parallel": LAYOUTS[self.layout][1],
                 "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}

@@ -29,9 +29,15 @@ TOTALS = {
     "369m_sisa_ds64": 369_228_544,
     "369m_sisa_ds128": 369_253_120,
 }
+# The control "reduced MLP": the Transformer less what its MLP gives up, 3 · d · (d_ff − SISA's d_ff) a layer.
+REDUCED = {
+    "50m_reduced": 50_914_304 - 6 * 3 * 512 * (2048 - 1832),
+    "152m_reduced": 151_878_144 - 12 * 3 * 768 * (3072 - 2748),
+    "369m_reduced": 369_252_352 - 24 * 3 * 1024 * (2944 - 2512),
+}
 
 
-@pytest.mark.parametrize(("name", "total"), TOTALS.items())
+@pytest.mark.parametrize(("name", "total"), (TOTALS | REDUCED).items())
 def test_parameter_totals_are_the_papers(name: str, total: int) -> None:
     config = load_config(PAPER / f"{name}.yaml")
     with torch.device("meta"):
@@ -39,4 +45,11 @@ def test_parameter_totals_are_the_papers(name: str, total: int) -> None:
 
 
 def test_every_paper_config_is_checked() -> None:
-    assert {path.stem for path in PAPER.glob("*.yaml")} == set(TOTALS)
+    assert {path.stem for path in PAPER.glob("*.yaml")} == set(TOTALS | REDUCED)
+
+
+@pytest.mark.parametrize("scale", ["50m", "152m", "369m"])
+def test_the_reduced_transformer_has_sisas_mlp(scale: str) -> None:
+    reduced, sisa = (load_config(PAPER / f"{scale}_{name}.yaml") for name in ("reduced", "sisa_ds32"))
+    assert reduced.model == sisa.model.model_copy(update={"mixer": "attention", "d_s": None})
+    assert reduced.training == sisa.training and reduced.optimizer == sisa.optimizer

@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sisa_dist.config import AttentionConfig
-from sisa_dist.ops import causal_attention, sisa_attention
+from sisa_dist.ops import causal_attention, forgetting_attention, sigmoid_sisa_attention, sisa_attention
 
 LENGTHS = (1024, 2048, 4096)
 HEADS, D_H, D_S = 2, 16, 8
-# Every path a run may train with; the dense oracle is what it says. `attention` is the other mixer.
-PATHS = [*(path for path in get_args(AttentionConfig.model_fields["path"].annotation) if path != "dense"), "attention"]
+# Every path a run may train with, the dense oracle being what it says; then the scores of the other mixers.
+OTHERS = {"attention": causal_attention, "forgetting": forgetting_attention, "sigmoid_sisa": sigmoid_sisa_attention}
+PATHS = [*(path for path in get_args(AttentionConfig.model_fields["path"].annotation) if path != "dense"), *OTHERS]
 
 
 class _Largest(TorchDispatchMode):
@@ -42,18 +43,21 @@ class _Largest(TorchDispatchMode):
 def largest(path, T, monkeypatch):
     """Of forward and backward with documents of several leaves each, one of them half the sequence."""
     # Workspaces of scores are bounded by constants: small here, so that what grows is not hidden under them.
-    monkeypatch.setattr("sisa_dist.ops.products.CPU_CHUNK", 1 << 12)
+    for module in ("products", "sigmoid"):
+        monkeypatch.setattr(f"sisa_dist.ops.{module}.CPU_CHUNK", 1 << 12)
     monkeypatch.setattr("sisa_dist.ops.backends.rectangle.PRODUCTS_UP_TO", 64)
     x = make(T, batch=1, heads=HEADS, d_h=D_H, d_s=D_S, dtype=torch.float32, decay=1e-3)
     doc_ids = torch.arange(T)[None] // 300
     doc_ids[:, T // 2 :] = T
-    inputs = {n: z for n, z in x.items() if n in "qkv"} if path == "attention" else x
-    function = causal_attention if path == "attention" else sisa_attention
-    kwargs = {} if path == "attention" else {"path": path, "leaf": 64}
+    inputs = x if path not in ("attention", "forgetting") else {n: z for n, z in x.items() if n in "qkv"}
+    if path == "forgetting":
+        inputs["log_f"] = x["log_alpha"]
+    function, kwargs = OTHERS.get(path, sisa_attention), {} if path in OTHERS else {"path": path, "leaf": 64}
     with _Largest() as mode:
         out = function(**inputs, doc_ids=doc_ids, **kwargs)
         out.sum().backward()
-    assert mode.inside == ({"sisa_dist::bisected", "sisa_dist::bisected_backward"} if path != "dense" else set())
+    operator = f"sisa_dist::{path if path in ('forgetting', 'sigmoid_sisa') else 'bisected'}"
+    assert mode.inside == ({operator, f"{operator}_backward"} if path != "dense" else set())
     return mode.elements
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_cases import as_fp64, assert_close, cut, make, value_and_gradients
 
-from sisa_dist.ops import causal_attention, sisa_attention
+from sisa_dist.ops import causal_attention, forgetting_attention, sigmoid_sisa_attention, sisa_attention
 
 # Starts of documents in a sequence of 300 tokens with leaf 16: inside leaves, on edges of leaves and of spans, one
 # token long, several inside one leaf, and one document that spans nearly everything.
@@ -123,13 +123,18 @@ def test_plain_attention_with_documents(layout, backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_levels_whole_as_on_a_gpu_are_the_cut_ones(layout, monkeypatch):
+@pytest.mark.parametrize("function", [sisa_attention, sigmoid_sisa_attention, forgetting_attention])
+def test_levels_whole_as_on_a_gpu_are_the_cut_ones(function, layout, monkeypatch):
     """A CPU leaves out the keys and rows that no crossing document reaches; elsewhere they are masked."""
     x = make(T, heads=4, kv_heads=2, d_s=6, d_v=12, decay=0.5)
+    if function is forgetting_attention:
+        log_f = x["log_alpha"].detach().repeat_interleave(2, 1).requires_grad_()
+        x = {n: z for n, z in x.items() if n in "qkv"} | {"log_f": log_f}
     doc_ids = ids(LAYOUTS[layout], LAYOUTS["inside"])
-    cut_levels = value_and_gradients(x, doc_ids=doc_ids, leaf=16)
+    cut_levels = value_and_gradients(x, function, doc_ids=doc_ids, leaf=16)
     calls = []
     monkeypatch.setattr("sisa_dist.ops.operands.within_reach", lambda levels, _: calls.append(1) or levels)
-    assert_close(value_and_gradients(x, doc_ids=doc_ids, leaf=16), cut_levels, 1e-12)
+    assert_close(value_and_gradients(x, function, doc_ids=doc_ids, leaf=16), cut_levels, 1e-12)
     assert calls
-    assert_close(cut_levels, value_and_gradients(x, doc_ids=doc_ids, path="dense"), 1e-10)
+    if function is sisa_attention:
+        assert_close(cut_levels, value_and_gradients(x, doc_ids=doc_ids, path="dense"), 1e-10)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.mixers.base import Cache, Mixer
+from sisa_dist.model.mixers.ssmax import ssmax
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.rope import RopeTables, apply_rope
 from sisa_dist.ops import AttentionCache, causal_attention
@@ -25,11 +27,11 @@ class AttentionScore(nn.Module):
         return causal_attention(q, k, v, doc_ids=doc_ids, backend=self.backend)
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """y = softmax(q·k/√d_h) v per head, out = W_O y. Vaswani et al. 2017; RoPE on q and k."""
 
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
-        super().__init__()
+        super().__init__(config, layer, attention)
         d, d_h = config.d_model, config.width_per_head
         self.head_dim = d_h
         self.wq = nn.Linear(d, config.n_heads * d_h, bias=config.qkv_bias)
@@ -37,25 +39,43 @@ class Attention(nn.Module):
         self.wv = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * d_h, d, bias=config.output_bias)
         self.q_norm, self.k_norm = qk_norms(config)
+        self.ssmax = ssmax(config.n_heads, config.ssmax)
         self.score = AttentionScore(attention)
 
     @staticmethod
     def new_cache() -> AttentionCache:
         return AttentionCache()
 
+    @staticmethod
+    def multiply_adds(config: ModelConfig, layer: int, seq_len: int) -> float:
+        return attention_multiply_adds(config, seq_len)
+
     def forward(
-        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: AttentionCache | None = None
+        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
+        assert cache is None or isinstance(cache, AttentionCache)
         q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
         k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
+        if self.ssmax is not None:
+            (q_BHTK,) = self.ssmax(q_BHTK, doc_ids=doc_ids, cache=cache)
         y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
         return self.wo(merge_heads(y_BHTK))
 
 
-def qk_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The norms of each head's q and k, one gain shared by all heads (Dehghani et al. 2023); identities without."""
-    if not config.qk_norm:
+def attention_multiply_adds(config: ModelConfig, seq_len: int, *, score_channels: int = 0) -> float:
+    """Of the projections to q, k, v and back, and of a score with `score_channels` beside those of a head."""
+    d, d_h, heads = config.d_model, config.width_per_head, config.n_heads
+    # A query meets (T + 1) / 2 keys on average: scores of width d_h and more, values of width d_h.
+    return d * d_h * 2 * (heads + config.kv_heads) + heads * (2 * d_h + score_channels) * (seq_len + 1) / 2
+
+
+def qk_norms(config: ModelConfig, *, wanted: bool | None = None) -> tuple[nn.Module, nn.Module]:
+    """The norms of each head's q and k, one gain shared by all heads (Dehghani et al. 2023); identities without.
+
+    `wanted` None: as the config says.
+    """
+    if not (config.qk_norm if wanted is None else wanted):
         return nn.Identity(), nn.Identity()
     d_h = config.width_per_head
     return RMSNorm(d_h, eps=config.norm_eps), RMSNorm(d_h, eps=config.norm_eps)

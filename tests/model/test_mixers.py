@@ -1,0 +1,141 @@
+"""What every mixer owes, rivals and ours alike: causality, decoding, strong and weak decay, compile, counts.
+
+That packed documents stay apart is tests/model/test_document_isolation.py's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixer_cases import BASE, CASES, Strength, config_of, every_mixer, every_mixer_and_decay, mixer_of, model_of
+from sisa_dist.config import AttentionConfig
+from sisa_dist.model import LM, build_model
+from sisa_dist.model.mixers import MIXERS
+from sisa_dist.model.rope import rope_tables
+
+
+def test_every_mixer_has_its_case() -> None:
+    assert {mixer_of(name) for name in CASES} == MIXERS.keys()
+
+
+def tokens_of(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, BASE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+@every_mixer_and_decay
+def test_no_token_reaches_an_earlier_one(name: str, strength: Strength) -> None:
+    model, tokens, t = model_of(name, strength), tokens_of(2, 37), 22
+    seen: list[Tensor] = []
+
+    def keep(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    handle = model.embed.register_forward_hook(keep)
+    logits = model(tokens)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits[:, : t + 1].square().sum(), seen)
+    assert gradient[:, : t + 1].abs().amax(-1).gt(0).all()
+    assert not gradient[:, t + 1 :].any()
+    other = tokens.clone()
+    other[:, t + 1 :] = tokens_of(2, 37, seed=2)[:, t + 1 :]
+    again = model(other)
+    assert torch.equal(again[:, : t + 1], logits[:, : t + 1]) and not torch.equal(again[:, -1], logits[:, -1])
+
+
+@every_mixer_and_decay
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_decoding_in_any_chunks_is_the_full_run(
+    name: str, strength: Strength, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, tokens = model_of(name, strength, dtype=dtype), tokens_of(2, 37)
+    with torch.no_grad():
+        full = model(tokens)
+        for chunks in ([1] * 37, [11, 1, 17, 2, 6], [37]):
+            cache = model.new_cache()
+            parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
+            assert all(layer.length == 37 for layer in cache)
+            assert (torch.cat(parts, 1) - full).abs().max() < tolerance * full.abs().max()
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [1, 2, 7, 9, 40])
+def test_a_prefix_gives_what_the_whole_gives(name: str, length: int) -> None:
+    model, tokens = model_of(name, "strong"), tokens_of(1, 40)
+    with torch.no_grad():
+        assert torch.allclose(model(tokens[:, :length]), model(tokens)[:, :length], atol=1e-11)
+
+
+@every_mixer
+def test_fp32_is_near_fp64(name: str) -> None:
+    tokens, labels = tokens_of(2, 37), tokens_of(2, 37, seed=1)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = model_of(name, "strong", dtype=dtype)
+        loss, _ = model(tokens, labels)
+        found[dtype] = dict(zip(dict(model.named_parameters()), gradients(model, loss), strict=True))
+    for path, wanted in found[torch.float64].items():
+        size = wanted.abs().max().clamp(min=5e-2)  # of a loss summed over 74 tokens
+        assert (found[torch.float32][path].double() - wanted).abs().max() < 2e-4 * size, path
+
+
+@every_mixer
+def test_a_block_compiles_without_a_graph_break(name: str) -> None:
+    """With every gradient. One graph, whose layouts the compiler foresees; a wrong one shows in the backward."""
+    torch.compiler.reset()
+    block = model_of(name).blocks[0]
+    x = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    rope = rope_tables(0, 24, channels=8, theta=1e4, device=torch.device("cpu"))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    found = []
+    for f in (block, compiled):
+        y = f(x, rope)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])))
+    for wanted, got in zip(*found, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@every_mixer
+def test_multiply_adds_are_what_torch_counts(name: str) -> None:
+    if mixer_of(name) == "attention":
+        pytest.skip("torch counts none in CPU flash attention")
+    config, T = config_of(name), 33
+    model = build_model(config, attention=AttentionConfig(path="bisected"))  # of one call on CPU it counts none either
+    x, rope = torch.randn(1, T, config.d_model), rope_tables(0, T, channels=8, theta=1e4, device=torch.device("cpu"))
+    for layer, block in enumerate(model.blocks):
+        with FlopCounterMode(display=False) as counter:
+            block.mixer(x, rope)
+        counted = MIXERS[config.layer_mixers[layer]].multiply_adds(config, layer, T)
+        assert counter.get_total_flops() / (2 * T) == pytest.approx(counted, rel=1e-9)
+
+
+# Of one layer's mixer, over d_model 32, 4 heads of 8 channels.
+PARAMETERS = {
+    "sisa": 4 * 32 * 32 + 2 * 32 * 4 * 8 + (32 * 4 + 4) + 32 * 4 * 4 + 4,
+    "attention": 4 * 32 * 32,
+    "sisa_ssmax": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4 + 4,
+    "attention_ssmax": 4 * 32 * 32 + 4,
+    "no_decay": 4 * 32 * 32 + 2 * 32 * 4 * 8 + 32 * 4 * 4 + 4,
+    "no_rotation": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 4,
+    "bilinear": 4 * 32 * 32 + 2 * 32 * 4 * 8 + 4,
+    "sigmoid_sisa": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4,
+    "fox": 4 * 32 * 32 + (32 * 4 + 4),
+    # q, output and gate; k and v of two kv heads; forget gate; shifts; norms of q and k; norm of the output
+    "fox_pro": 3 * 32 * 32 + 2 * 32 * 16 + (32 * 4 + 4) + 2 * 32 * 2 + 2 * 8 + 32,
+}
+
+
+@every_mixer
+def test_parameter_counts(name: str) -> None:
+    with torch.device("meta"):
+        mixer = build_model(config_of(name)).blocks[0].mixer
+    assert sum(p.numel() for p in mixer.parameters()) == PARAMETERS[name]
+
+
+def gradients(model: LM, loss: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, list(model.parameters()))
