@@ -19,4 +19,8 @@ BASE: dict[str, Any] = {
 }
 
 # The mixers that are not sisa and attention; those have grids of their own.
-RIVALS: dict[str, dict[str, Any]] = {}
+_SSM = {"head_dim": 16, "d_state": 12, "chunk": 16}  # 4 heads, of expand 2
+RIVALS: dict[str, dict[str, Any]] = {
+    "mamba2": {"mixer": "mamba2", "mlp": "none", "ssm": _SSM},
+    "mamba2_groups": {"mixer": "mamba2", "ssm": _SSM | {"n_groups": 2, "conv": 3}},
+}

@@ -8,11 +8,17 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention"]
+MixerName = Literal["sisa", "attention", "mamba2", "mamba3"]
 
 # Each mixer, and the sections it reads.
-MIXER_NAMES: dict[str, tuple[str, ...]] = {"sisa": (), "attention": ()}
-SECTIONS = ("ssm",)
+MIXER_NAMES: dict[str, tuple[str, ...]] = {
+    "sisa": (),
+    "attention": (),
+    "mamba2": ("ssm",),
+    "mamba3": ("ssm", "mamba3"),
+}
+SECTIONS = ("ssm", "mamba3")
+WITHOUT_HEADS = ("mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
 
 
 class SSMConfig(Section):
@@ -25,3 +31,10 @@ class SSMConfig(Section):
     n_groups: PositiveInt = 1  # of heads that share B and C
     conv: NonNegativeInt = 4  # taps of the causal convolution, where the mixer has one
     chunk: PositiveInt = 64  # tokens of the training form's chunks: speed and memory, never the result
+
+
+class Mamba3Config(Section):
+    """What is particular to Mamba-3."""
+
+    rank: PositiveInt = 1  # inputs into and outputs of each head's state at a token; above 1: MIMO
+    decay: Literal["softplus", "rational"] = "softplus"  # −A of dd_A: that of the first release, or of June 2026

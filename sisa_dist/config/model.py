@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, MixerName, SSMConfig
+from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, WITHOUT_HEADS, Mamba3Config, MixerName, SSMConfig
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -23,10 +23,10 @@ class ModelConfig(Section):
     vocab_multiple: PositiveInt = 128  # the embedding is padded to a multiple of it once, whatever the layout
     d_model: PositiveInt
     n_layers: PositiveInt
-    n_heads: PositiveInt
+    n_heads: PositiveInt  # of attention; without effect where every mixer has only the heads of ssm
     n_kv_heads: PositiveInt | None = None  # None: n_heads
     head_dim: PositiveInt | None = None  # None: d_model / n_heads
-    d_ff: PositiveInt
+    d_ff: NonNegativeInt = 0  # without effect where no layer has an MLP
     mixer: MixerName | list[MixerName] = "sisa"  # one, or one per layer
     d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
@@ -43,6 +43,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
+    mamba3: Mamba3Config | None = None  # None: its defaults
 
     @property
     def padded_vocab_size(self) -> int:
@@ -90,8 +91,22 @@ class ModelConfig(Section):
         return self.state_space.width or round(self.state_space.expand * self.d_model)
 
     @property
+    def ssm_groups(self) -> int:
+        """Of heads that share B and C; 0 where no layer has a state-space model."""
+        return self.state_space.n_groups if uses(self, "ssm") else 0
+
+    @property
     def state_space(self) -> SSMConfig:
         return self.ssm or SSMConfig()
+
+    @property
+    def dealt(self) -> dict[str, int]:
+        """What tensor parallelism deals out, and what this model has of it."""
+        heads = any(mixer not in WITHOUT_HEADS for mixer in self.layer_mixers)
+        found = {"n_heads": self.n_heads, "kv_heads": self.kv_heads} if heads else {}
+        found |= {"d_ff": self.d_ff} if any(mlp != "none" for mlp in self.layer_mlps) else {}
+        found |= {"padded_vocab_size": self.padded_vocab_size}
+        return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
 
     @property
     def layer_d_s(self) -> list[int]:
@@ -130,11 +145,21 @@ class ModelConfig(Section):
         for key in SECTIONS:
             if getattr(self, key) is not None and not uses(self, key):
                 raise ValueError(f"{key} is set but no layer's mixer has one: remove {key}")
+        if not self.d_ff and any(mlp != "none" for mlp in self.layer_mlps):
+            raise ValueError(f"d_ff is missing and layers have an MLP: set d_ff, for example {4 * self.d_model}")
         if self.ssm_width % self.state_space.head_dim:
             raise ValueError(
                 f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "
                 "ssm.width or ssm.head_dim so that they are"
             )
+        if self.ssm_groups and self.ssm_heads % self.ssm_groups:
+            good = [n for n in range(1, self.ssm_heads + 1) if self.ssm_heads % n == 0]
+            raise ValueError(f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}")
+        if "mamba2" in self.layer_mixers and not self.state_space.conv:
+            raise ValueError("ssm.conv is 0 and mamba2 has a convolution: set its taps, for example 4")
+        if "mamba3" in self.layer_mixers and self.state_space.d_state % 4:
+            near = -(-self.state_space.d_state // 4) * 4
+            raise ValueError(f"mamba3 turns half of ssm.d_state {self.state_space.d_state} in pairs: set {near}")
         if self.d_s is not None and "sisa" not in self.layer_mixers:
             raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
         if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:

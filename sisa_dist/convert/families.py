@@ -122,6 +122,9 @@ def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:
 def refuse_sisa(family: str, model: ModelConfig) -> None:
     if "sisa" in model.layer_mixers:
         raise UserError(f"model.mixer has sisa layers and a {family} model has none: export it as a sisa model")
+    others = sorted(set(model.layer_mixers) - {"attention"})
+    if others:
+        raise UserError(f"model.mixer has {others[0]} layers and a {family} model has none: no such export")
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:

@@ -2,8 +2,9 @@
 
 from sisa_dist.model.mixers.attention import Attention
 from sisa_dist.model.mixers.base import Cache, Mixer
+from sisa_dist.model.mixers.mamba2 import Mamba2
 from sisa_dist.model.mixers.sisa import SISA
 
-MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention}
+MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention, "mamba2": Mamba2}
 
-__all__ = ["MIXERS", "SISA", "Attention", "Cache", "Mixer"]
+__all__ = ["MIXERS", "SISA", "Attention", "Cache", "Mamba2", "Mixer"]
