@@ -23,4 +23,6 @@ _SSM = {"head_dim": 16, "d_state": 12, "chunk": 16}  # 4 heads, of expand 2
 RIVALS: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer": "mamba2", "mlp": "none", "ssm": _SSM},
     "mamba2_groups": {"mixer": "mamba2", "ssm": _SSM | {"n_groups": 2, "conv": 3}},
+    "fox": {"mixer": "fox"},
+    "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
 }

@@ -4,6 +4,7 @@ from sisa_dist.config.data import DataConfig, SourceConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
+from sisa_dist.config.mixers import FoxConfig
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "FoxConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -8,16 +8,17 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention", "mamba2", "mamba3"]
+MixerName = Literal["sisa", "attention", "fox", "mamba2", "mamba3"]
 
 # Each mixer, and the sections it reads.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
     "sisa": (),
     "attention": (),
+    "fox": ("fox",),
     "mamba2": ("ssm",),
     "mamba3": ("ssm", "mamba3"),
 }
-SECTIONS = ("ssm", "mamba3")
+SECTIONS = ("ssm", "mamba3", "fox")
 WITHOUT_HEADS = ("mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
 
 
@@ -38,3 +39,9 @@ class Mamba3Config(Section):
 
     rank: PositiveInt = 1  # inputs into and outputs of each head's state at a token; above 1: MIMO
     decay: Literal["softplus", "rational"] = "softplus"  # −A of dd_A: that of the first release, or of June 2026
+
+
+class FoxConfig(Section):
+    """The forgetting transformer's layer."""
+
+    pro: bool = False  # norms of each head's q, k and output, shift of k and v, output gate

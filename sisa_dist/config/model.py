@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, WITHOUT_HEADS, Mamba3Config, MixerName, SSMConfig
+from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, WITHOUT_HEADS, FoxConfig, Mamba3Config, MixerName, SSMConfig
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -44,6 +44,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
     mamba3: Mamba3Config | None = None  # None: its defaults
+    fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
 
     @property
     def padded_vocab_size(self) -> int:
@@ -154,7 +155,9 @@ class ModelConfig(Section):
             )
         if self.ssm_groups and self.ssm_heads % self.ssm_groups:
             good = [n for n in range(1, self.ssm_heads + 1) if self.ssm_heads % n == 0]
-            raise ValueError(f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}")
+            raise ValueError(
+                f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}"
+            )
         if "mamba2" in self.layer_mixers and not self.state_space.conv:
             raise ValueError("ssm.conv is 0 and mamba2 has a convolution: set its taps, for example 4")
         if "mamba3" in self.layer_mixers and self.state_space.d_state % 4:

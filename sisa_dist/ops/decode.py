@@ -8,6 +8,7 @@ the dot product: with one fixed reference, as in the one-call form, long generat
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from sisa_dist.config import UserError
 from sisa_dist.ops.attention import causal_attention
+from sisa_dist.ops.forgetting import forgetting_attention
 from sisa_dist.ops.masks import causal_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
@@ -162,3 +164,49 @@ def _attend_rows(
         hidden = ~causal_mask(r, n, device=q.device)
         score = score.unflatten(2, (-1, r)).masked_fill(hidden, float("-inf")).flatten(2, 3)
     return (score.softmax(-1) @ v_BGnv.to(work)).reshape(batch, H, r, -1)
+
+
+class ForgettingCache:
+    """Keys, values and running log f, fp64, of one layer of forgetting attention."""
+
+    def __init__(self) -> None:
+        self._k, self._v, self._L = GrowingBuffer(), GrowingBuffer(), GrowingBuffer()
+        self._last: Tensor | None = None  # L after the last token, fp64
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._k.length
+
+    @torch.no_grad()
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, *, scale: float | None = None, **first_chunk: Any
+    ) -> Tensor:
+        """Append one chunk of t tokens and attend its queries to everything cached.
+
+        Shapes are those of `forgetting_attention` with t in place of T; `first_chunk` are its further options, for the
+        chunk that begins a generation. Returns `[B, H, t, d_v]` in q's dtype: what `forgetting_attention` gives for
+        the last t tokens of the full run.
+        """
+        t, before = q.shape[2], self.length
+        L_BHt = running_sum(log_f, dim=-1)
+        if self._last is not None:
+            L_BHt = L_BHt + self._last
+        self._last = L_BHt[:, :, -1:].clone()
+        k_all, v_all, L_all = self._k.append(k), self._v.append(v), self._L.append(L_BHt)
+        if not before:
+            return forgetting_attention(q, k, v, log_f, scale=scale, **first_chunk)
+        batch, heads, group, work = q.shape[0], k.shape[1], q.shape[1] // k.shape[1], work_dtype(q.dtype)
+        scale, rows = q.shape[-1] ** -0.5 if scale is None else scale, []
+        with no_autocast(q.device):
+            for i in range(0, t, ROWS):
+                n, q_r = before + min(i + ROWS, t), q[:, :, i : i + ROWS].to(work)
+                r = q_r.shape[2]
+                bias_BHrn = (L_BHt[:, :, i : i + r, None] - L_all[:, :, None, :n]).to(work)
+                score = (q_r.reshape(batch, heads, group * r, -1) @ k_all[:, :, :n].to(work).mT) * scale
+                score = score.view_as(bias_BHrn) + bias_BHrn
+                if r > 1:
+                    score = score.masked_fill(~causal_mask(r, n, device=q.device), float("-inf"))
+                weight = score.softmax(-1).view(batch, heads, group * r, n)
+                rows.append((weight @ v_all[:, :, :n].to(work)).view(batch, heads * group, r, -1))
+        return torch.cat(rows, dim=2).to(q.dtype)

@@ -93,7 +93,7 @@ def _part(blocks: Leaves, c: slice) -> Leaves:
 def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     """scale·(q kᵀ + e^{g_i−g_j} ∘ C Bᵀ), −inf where hidden, and the decay `[n, L, L]`."""
     q, g, hidden = blocks.q, blocks.g, blocks.hidden
-    decay = exp_(_span_sums(g, q.dtype).clamp_(max=0.0))
+    decay = exp_(span_sums(g, q.dtype).clamp_(max=0.0))
     score = torch.bmm(blocks.C, blocks.B.mT)
     per_head = _per_head(score, decay)
     bias = score.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
@@ -101,7 +101,7 @@ def _scores(blocks: Leaves, *, scale: float) -> tuple[Tensor, Tensor]:
     return score.baddbmm_(q, blocks.k.mT, beta=scale, alpha=scale), decay
 
 
-def _span_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+def span_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
     """g_i − g_j `[n, L, L]` in `dtype` from exact fp64 g `[n, L]`.
 
     For fp32 without an fp64 `[n, L, L]`, which would cost three times as much: g is split on a grid of 2^-12 nats.

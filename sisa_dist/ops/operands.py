@@ -57,47 +57,18 @@ class Rectangle(NamedTuple):
     outside: Tensor | None  # bool `[M, num, rows]`: queries no document crosses to
 
 
-class Operands:
-    """Buffers of one call; `rectangle(level)` re-bases them in place, so use one rectangle before asking the next."""
+class Buffers:
+    """q̂, k̂ and v̂ of one call, padded and widened, and how further inputs are brought to their shape."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        C: Tensor,
-        B: Tensor,
-        g: Tensor,
-        turn_BGTm: Tensor,
-        lam_over_scale: Tensor,
-        doc_ids: Tensor | None,
-        shape: Shape,
-        *,
-        scale: float,
-        backend: str,
-    ) -> None:
-        """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
-        self.shape, d_h, d_s = shape, shape.d_h, shape.d_s
-        work = turn_BGTm.real.dtype
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, shape: Shape, *, backend: str) -> None:
+        self.shape = shape
         self.v_width = self._v_width(q, backend)
         self.q, self.k = (self.spread(x, width=shape.width) for x in (q, k))
         self.v = self.like_v(v)
-        self.g = self._hold(g)
-        self.C, self.B = self.spread(C, dtype=work), self.spread(B, dtype=work)
-        if d_s:
-            turned_C = as_complex(self.C.view(shape.batch, shape.kv_heads, shape.group, shape.padded, d_s))
-            turned_B = as_complex(self.B.view(shape.batch, shape.kv_heads, shape.padded, d_s))
-            turned_C.narrow(3, 0, shape.tokens).mul_(turn_BGTm[:, :, None])
-            turned_B.narrow(2, 0, shape.tokens).mul_(turn_BGTm)
-            self.C.view(shape.batch, shape.heads, -1).mul_(lam_over_scale[:, None])
-        self.ssm = slice(d_h, d_h + d_s)
         self.doc_q = self.doc_k = None
         if doc_ids is not None:
-            held = self._hold(doc_ids[:, None])
+            held = self.hold(doc_ids[:, None])
             self.doc_q, self.doc_k = (held.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
-            self.mask = d_h + d_s
-            self.mask_value = mask_value(scale, q.dtype)
-            self.q[..., self.mask] = 1
 
     def _v_width(self, q: Tensor, backend: str) -> int:
         """Some kernels need v, out and dout as wide as q̂: where none such serves even the largest level, less."""
@@ -121,30 +92,67 @@ class Operands:
         full[:, :, :T, w:] = 0
         return full.flatten(0, 1)
 
-    def _hold(self, x: Tensor) -> Tensor:
+    def hold(self, x: Tensor) -> Tensor:
         """[B, H, T] → [B·H, padded], the last value repeated: a padded token decays nothing and joins no document."""
         more = self.shape.padded - self.shape.tokens
         return torch.cat((x, x[..., -1:].expand(*x.shape[:2], more)), dim=-1).flatten(0, 1)
+
+    def in_leaves(self, x: Tensor) -> Tensor:
+        """[M, padded, ...] → [M, n, leaf, ...]"""
+        return x.unflatten(1, (-1, self.shape.leaf))
+
+    def hidden(self) -> Tensor:
+        """Bool, True = not visible, inside the leaves: `[L, L]`, or `[N·n, L, L]` with documents."""
+        L = self.shape.leaf
+        later = torch.ones(L, L, dtype=torch.bool, device=self.q.device).triu_(1)
+        if self.doc_k is None:
+            return later
+        doc = self.in_leaves(self.doc_k).flatten(0, 1)
+        return later | (doc[:, :, None] != doc[:, None, :])
+
+
+class Operands(Buffers):
+    """Buffers of one call; `rectangle(level)` re-bases them in place, so use one rectangle before asking the next."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        C: Tensor,
+        B: Tensor,
+        g: Tensor,
+        turn_BGTm: Tensor,
+        lam_over_scale: Tensor,
+        doc_ids: Tensor | None,
+        shape: Shape,
+        *,
+        scale: float,
+        backend: str,
+    ) -> None:
+        """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
+        super().__init__(q, k, v, doc_ids, shape, backend=backend)
+        d_h, d_s, work = shape.d_h, shape.d_s, turn_BGTm.real.dtype
+        self.g = self.hold(g)
+        self.C, self.B = self.spread(C, dtype=work), self.spread(B, dtype=work)
+        if d_s:
+            turned_C = as_complex(self.C.view(shape.batch, shape.kv_heads, shape.group, shape.padded, d_s))
+            turned_B = as_complex(self.B.view(shape.batch, shape.kv_heads, shape.padded, d_s))
+            turned_C.narrow(3, 0, shape.tokens).mul_(turn_BGTm[:, :, None])
+            turned_B.narrow(2, 0, shape.tokens).mul_(turn_BGTm)
+            self.C.view(shape.batch, shape.heads, -1).mul_(lam_over_scale[:, None])
+        self.ssm = slice(d_h, d_h + d_s)
+        if doc_ids is not None:
+            self.mask = d_h + d_s
+            self.mask_value = mask_value(scale, q.dtype)
+            self.q[..., self.mask] = 1
 
     def leaves(self) -> Leaves:
         """The diagonal blocks, each with the mask inside it."""
         d_h, d_v = self.shape.d_h, self.shape.d_v
         q, k, v = self.q[..., :d_h], self.k[..., :d_h], self.v[..., :d_v]
         q, k, v, C, B, g = (self.in_leaves(x) for x in (q, k, v, self.C, self.B, self.g))
-        return Leaves(q, k, v, C, B, g, self._hidden())
-
-    def in_leaves(self, x: Tensor) -> Tensor:
-        """[M, padded, ...] → [M, n, leaf, ...]"""
-        return x.unflatten(1, (-1, self.shape.leaf))
-
-    def _hidden(self) -> Tensor:
-        """Bool, True = not visible, inside the leaves: `[L, L]`, or `[N·n, L, L]` with documents."""
-        L = self.shape.leaf
-        later = torch.ones(L, L, dtype=torch.bool, device=self.g.device).triu_(1)
-        if self.doc_k is None:
-            return later
-        doc = self.in_leaves(self.doc_k).flatten(0, 1)
-        return later | (doc[:, :, None] != doc[:, None, :])
+        return Leaves(q, k, v, C, B, g, self.hidden())
 
     def rectangle(self, level: Level) -> Rectangle:
         """The level re-based to its even spans' ends, where both factors are ≤ 1 and underflow to 0 is right."""

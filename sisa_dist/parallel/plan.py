@@ -60,6 +60,12 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.decay.weight": Split("column", "kv_heads"),
     "blocks.*.mixer.decay.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.importance.lambda_raw": Split("column", "n_heads"),
+    # fox: the forget gate, and pro's output gate and norm, belong to the query head; pro's shifts to the kv head
+    "blocks.*.mixer.forget.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.forget.bias": Split("column", "n_heads"),
+    "blocks.*.mixer.output_gate.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.?_shift.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer.output_norm.weight": Split("column", "n_heads"),
     # mamba2 and mamba3, alone or inside another mixer; heads here are those of the state-space model
     "blocks.*.mixer*.wz.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wx.weight": Split("column", "ssm_heads"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from mixer_cases import BASE, RIVALS
 from sisa_dist.config import ModelConfig, UserError, parse_config
 from sisa_dist.model import build_model
 from sisa_dist.parallel.plan import PLAN, Split, check_tp, split_of
@@ -21,6 +22,7 @@ def test_every_parameter_has_one_line_and_every_line_a_parameter() -> None:
     with torch.device("meta"):
         models = [build_model(model_config(qk_norm=True, tie_embeddings=tied)) for tied in (True, False)]
         models.append(build_model(model_config(norm="layernorm", attention_bias="all", mlp_bias=True)))
+        models += [build_model(ModelConfig(**(BASE | rival))) for rival in RIVALS.values()]
     used = set()
     for model in models:
         for name, _ in model.named_parameters():

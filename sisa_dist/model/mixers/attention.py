@@ -66,9 +66,12 @@ def attention_multiply_adds(config: ModelConfig, seq_len: int, *, score_channels
     return d * d_h * 2 * (heads + config.kv_heads) + heads * (2 * d_h + score_channels) * (seq_len + 1) / 2
 
 
-def qk_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The norms of each head's q and k, one gain shared by all heads (Dehghani et al. 2023); identities without."""
-    if not config.qk_norm:
+def qk_norms(config: ModelConfig, *, wanted: bool | None = None) -> tuple[nn.Module, nn.Module]:
+    """The norms of each head's q and k, one gain shared by all heads (Dehghani et al. 2023); identities without.
+
+    `wanted` None: as the config says.
+    """
+    if not (config.qk_norm if wanted is None else wanted):
         return nn.Identity(), nn.Identity()
     d_h = config.width_per_head
     return RMSNorm(d_h, eps=config.norm_eps), RMSNorm(d_h, eps=config.norm_eps)

@@ -155,7 +155,9 @@ class Mamba2(Mixer):
         return self.wout(self.gated_norm(y_BTD).to(x_BTD.dtype))
 
 
-def continued(*terms: Tensor, state: Tensor | None, chunk: int, rank: int = 1, **options: Tensor) -> tuple[Tensor, Tensor]:
+def continued(
+    *terms: Tensor, state: Tensor | None, chunk: int, rank: int = 1, **options: Tensor
+) -> tuple[Tensor, Tensor]:
     """`ssd` of what follows `state`: one token by the recurrence, more in chunks. No gradients."""
     if terms[1].shape[2] == 1 and state is not None and not options:
         return ssd_step(*terms, state=state, rank=rank)
