@@ -23,6 +23,10 @@ _SSM = {"head_dim": 16, "d_state": 12, "chunk": 16}  # 4 heads, of expand 2
 RIVALS: dict[str, dict[str, Any]] = {
     "mamba2": {"mixer": "mamba2", "mlp": "none", "ssm": _SSM},
     "mamba2_groups": {"mixer": "mamba2", "ssm": _SSM | {"n_groups": 2, "conv": 3}},
+    "mamba3": {"mixer": "mamba3", "ssm": _SSM},
+    "mamba3_mimo": {"mixer": "mamba3", "ssm": _SSM | {"n_groups": 2}, "mamba3": {"rank": 3}},
+    "mamba3_rational": {"mixer": "mamba3", "mlp": "none", "ssm": _SSM, "mamba3": {"decay": "rational"}},
+    "mamba3_sisa": {"mixer": ["mamba3", "sisa"], "d_s": [0, 8], "ssm": _SSM},
     "fox": {"mixer": "fox"},
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
 }

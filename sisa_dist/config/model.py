@@ -110,6 +110,10 @@ class ModelConfig(Section):
         return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
 
     @property
+    def mamba3_options(self) -> Mamba3Config:
+        return self.mamba3 or Mamba3Config()
+
+    @property
     def layer_d_s(self) -> list[int]:
         """SSM channels per head of every layer; 0 where the mixer has none."""
         if isinstance(self.d_s, list):
@@ -160,9 +164,11 @@ class ModelConfig(Section):
             )
         if "mamba2" in self.layer_mixers and not self.state_space.conv:
             raise ValueError("ssm.conv is 0 and mamba2 has a convolution: set its taps, for example 4")
+        if self.state_space.conv != SSMConfig().conv and "mamba2" not in self.layer_mixers:
+            raise ValueError(f"ssm.conv {self.state_space.conv} is set and mamba3 has no convolution: remove it")
         if "mamba3" in self.layer_mixers and self.state_space.d_state % 4:
-            near = -(-self.state_space.d_state // 4) * 4
-            raise ValueError(f"mamba3 turns half of ssm.d_state {self.state_space.d_state} in pairs: set {near}")
+            even = -(-self.state_space.d_state // 4) * 4
+            raise ValueError(f"mamba3 turns half of ssm.d_state {self.state_space.d_state} in pairs: set {even}")
         if self.d_s is not None and "sisa" not in self.layer_mixers:
             raise ValueError("d_s is set but no layer's mixer is sisa: remove d_s")
         if self.log_alpha_min is not None and "sisa" not in self.layer_mixers:

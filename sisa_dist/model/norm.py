@@ -14,8 +14,10 @@ from sisa_dist.model.precision import at_least_fp32
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x²) + eps) · gain over the last dim, the mean within each of `groups` equal parts of it; returns
-    x's dtype. Zhang & Sennrich 2019."""
+    """y = x / sqrt(mean(x²) + eps) · gain over the last dim; returns x's dtype. Zhang & Sennrich 2019.
+
+    The mean is taken within each of `groups` equal parts of the channels.
+    """
 
     init_rules: ClassVar[dict[str, Init]] = {"weight": Constant(1.0)}
     fp32_in_forward = True  # read by the engines: bf16 must not reach these parameters

@@ -1,5 +1,5 @@
-"""Mixing as functions of tensors: the SISA score on its exact paths, plain and forgetting attention, linear recurrences,
-decode caches.
+"""Mixing as functions of tensors: the SISA score on its exact paths, plain and forgetting attention, decode caches,
+linear recurrences.
 
 Knows nothing of modules, configs or processes. Everything runs with autocast off and casts explicitly.
 """
@@ -7,6 +7,7 @@ Knows nothing of modules, configs or processes. Everything runs with autocast of
 from sisa_dist.ops.attention import causal_attention
 from sisa_dist.ops.decode import AttentionCache, ForgettingCache, SisaCache
 from sisa_dist.ops.forgetting import forgetting_attention
+from sisa_dist.ops.phase import running_phase
 from sisa_dist.ops.score import sisa_attention
 from sisa_dist.ops.ssd import ssd, ssd_step
 
@@ -16,6 +17,7 @@ __all__ = [
     "SisaCache",
     "causal_attention",
     "forgetting_attention",
+    "running_phase",
     "sisa_attention",
     "ssd",
     "ssd_step",

@@ -38,16 +38,16 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """The sum above for T tokens, and the state after the last.
 
-    x `[B, H, T·rank, P]`; log_decay (a, ≤ 0) and weight (w) `[B, H, T]`; B, C `[B, G, T·rank, N]`, G divides H and head h
-    reads group h // (H / G). The `rank` rows of a token are as many inputs into, and outputs of, one state, all with the
-    token's a and w. `diagonal` `[B, H, T]`: w_i of the term j = i alone, where it is not what later tokens see.
-    `doc_ids` `[B, T]`, non-decreasing: the state is empty at a document's start; `state` `[B, H, N, P]`, from before the
-    first token, belongs to the first document. Any T ≥ 1.
+    x `[B, H, T·rank, P]`; log_decay (a, ≤ 0) and weight (w) `[B, H, T]`; B, C `[B, G, T·rank, N]`, where G divides H
+    and head h reads group h // (H / G). The `rank` rows of a token are as many inputs into, and outputs of, one state,
+    all with the token's a and w. `diagonal` `[B, H, T]`: w_i of the term j = i alone, where it is not what later tokens
+    see. `doc_ids` `[B, T]`, non-decreasing: the state is empty at a document's start; `state` `[B, H, N, P]`, from
+    before the first token, belongs to the first document. Any T ≥ 1.
 
-    Returns y `[B, H, T·rank, P]` in x's dtype and the state `[B, H, N, P]` in fp32 (fp64 for fp64), of the last document.
+    Returns y `[B, H, T·rank, P]` in x's dtype and the last document's state `[B, H, N, P]` in fp32 (fp64 for fp64).
     Raises UserError for shapes that do not fit.
     """
-    batch, H, T = log_decay.shape
+    H, T = log_decay.shape[1:]
     _check(x, log_decay, B, C, weight, rank)
     work, length = work_dtype(x.dtype), min(chunk, T)
     with no_autocast(x.device):
@@ -109,7 +109,7 @@ class _Exp(torch.autograd.Function):
 
 
 def _decays(a_bghct: Tensor, doc_bct: Tensor | None, *, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Within each chunk of length l: e^{a_{j+1}+…+a_i} [b, g, h, c, l, l] of query i and key j, 0 where j > i (`strict`:
+    """Within each chunk of t tokens: e^{a_{j+1}+…+a_i} [b, g, h, c, t, t] of query i and key j, 0 where j > i (`strict`:
     j ≥ i) or of another document; what a state from before the chunk keeps by token i; what key j keeps by its end."""
     length = a_bghct.shape[-1]
     later_tt = torch.ones(length, length, dtype=torch.bool, device=a_bghct.device).tril(-1)
@@ -123,7 +123,7 @@ def _decays(a_bghct: Tensor, doc_bct: Tensor | None, *, strict: bool) -> tuple[T
         )
     doc_bct = doc_bct[:, None, None]
     other_tt = doc_bct[..., :, None] != doc_bct[..., None, :]
-    # The document that comes in from before is that of the previous chunk's last token; into the first, its own first's.
+    # What comes in is the document of the previous chunk's last token; into the first chunk, that of its own first.
     coming_in = torch.cat((doc_bct[..., :1, :1], doc_bct[..., :-1, -1:]), dim=-2)
     return (
         _Exp.apply(sums_bghctt.masked_fill(hidden | other_tt, -torch.inf)),
@@ -155,7 +155,7 @@ def _own_term(x_bghclp: Tensor, B_bgcln: Tensor, C_bgcln: Tensor, rank: int) -> 
 
 
 def _chunks(z: Tensor, rows: int, work: torch.dtype) -> Tensor:
-    """`[B, H, T, ...]` → `[B, H, chunks, rows, ...]`, filled up with zeros: tokens that decay nothing and add nothing."""
+    """`[B, H, T, ...]` → `[B, H, chunks, rows, ...]`, filled up with zeros: tokens that neither decay nor add."""
     missing = -z.shape[2] % rows
     return F.pad(z.to(work), (0, 0) * (z.ndim - 3) + (0, missing)).unflatten(2, (-1, rows))
 

@@ -15,8 +15,8 @@
 The gain of an RMSNorm over all heads together is `column`: the mean of squares is then taken over all ranks' channels.
 
 `over` is what is dealt out, a property of ModelConfig; tp must divide it. Only for what several heads share, kv heads
-and an SSM's groups of B and C, may tp be the larger: what belongs to them is then held whole, each rank uses the rows of
-its own kv head or group, and gradients are partial.
+and an SSM's groups of B and C, may tp be the larger: what belongs to them is then held whole, each rank uses the rows
+of its own kv head or group, and gradients are partial.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer*.rates.*": Split("column", "ssm_heads"),
     "blocks.*.mixer*.skip.D": Split("column", "ssm_heads"),
     "blocks.*.mixer*.gated_norm.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wA.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wtrap.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wangle.weight": Split("shared"),
+    "blocks.*.mixer*.[BC]_bias.bias": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.mimo.*": Split("column", "ssm_heads"),
     # feed-forward
     "blocks.*.mlp.gate.weight": Split("column", "d_ff"),
     "blocks.*.mlp.gate.bias": Split("column", "d_ff"),

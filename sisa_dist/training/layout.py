@@ -18,6 +18,7 @@ import data_pipeline
 import sisa_dist
 from data_pipeline.tokenizer import find_tokenizer
 from sisa_dist.config import EngineConfig, ParallelConfig, RunConfig, dump_config
+from sisa_dist.config.mixers import WITHOUT_HEADS
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
 from sisa_dist.parallel.apply import Slice
@@ -118,7 +119,8 @@ def _backend_table(config: RunConfig, mesh: Mesh) -> Table:
     group = (model.n_heads // tp) // max(model.kv_heads // tp, 1)
     kinds: dict[tuple[str, int], list[str]] = {}
     for layer, kind in enumerate(zip(model.layer_mixers, model.layer_d_s, strict=True)):
-        kinds.setdefault(kind, []).append(str(layer))
+        if kind[0] not in WITHOUT_HEADS:
+            kinds.setdefault(kind, []).append(str(layer))
     for (mixer, d_s), layers in kinds.items():
         d_qk = model.width_per_head + d_s + (config.data.document_mask if mixer == "sisa" else 0)
         verdicts = explain_backends(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import Held
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_models import Held
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import llama, mamba2
 from sisa_dist.convert.formats import architecture_for

@@ -170,6 +170,11 @@ def test_multiply_adds_are_what_torch_counts(name: str) -> None:
 PARAMETERS = {
     # z, x, output; B and C; dt; taps and bias of each channel; dt_bias, A_log, D; gain
     "mamba2": 3 * 32 * 64 + 2 * 32 * 12 + 32 * 4 + (64 + 24) * 5 + 3 * 4 + 64,
+    # z, x, output; B and C; dt, A, trap; angles; two gains; two biases a head; dt_bias, D
+    "mamba3": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
+    "mamba3_mimo": 3 * 32 * 64 + 2 * 32 * 72 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 36 + 2 * 4 + 3 * 4 * 3 * 16,
+    "mamba3_rational": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
+    "mamba3_sisa": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
     "mamba2_groups": 3 * 32 * 64 + 2 * 32 * 24 + 32 * 4 + (64 + 48) * 4 + 3 * 4 + 64,
     "sisa": 4 * 32 * 32 + 2 * 32 * 4 * 8 + (32 * 4 + 4) + 32 * 4 * 4 + 4,
     "attention": 4 * 32 * 32,

@@ -43,7 +43,7 @@ def recurrence(
     doc_ids: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = e^{a_t} S_{t−1} + w_t B_t x_tᵀ, token by token; the diagonal term changes what y_t sees of its own token."""
+    """S_t = e^{a_t} S_{t−1} + w_t B_t x_tᵀ, token by token; the diagonal changes what y_t sees of its own token."""
     heads, T = log_decay.shape[1:]
     B, C = (z.repeat_interleave(heads // z.shape[1], 1).unflatten(2, (T, rank)) for z in (B, C))
     x = x.unflatten(2, (T, rank))

@@ -4,8 +4,9 @@ from sisa_dist.model.mixers.attention import Attention
 from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.fox import FoX
 from sisa_dist.model.mixers.mamba2 import Mamba2
+from sisa_dist.model.mixers.mamba3 import Mamba3
 from sisa_dist.model.mixers.sisa import SISA
 
-MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention, "fox": FoX, "mamba2": Mamba2}
+MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention, "fox": FoX, "mamba2": Mamba2, "mamba3": Mamba3}
 
-__all__ = ["MIXERS", "SISA", "Attention", "Cache", "FoX", "Mamba2", "Mixer"]
+__all__ = ["MIXERS", "SISA", "Attention", "Cache", "FoX", "Mamba2", "Mamba3", "Mixer"]

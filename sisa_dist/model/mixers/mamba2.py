@@ -40,7 +40,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x_BTD: Tensor, doc_ids: Tensor | None, before_BkD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`before` [B, taps−1, D]: the inputs before the first, None for none. Also gives what comes before the next."""
+        """`before` [B, taps−1, D]: the inputs before the first, None for none. Also gives those before the next."""
         T, reach = x_BTD.shape[1], self.taps - 1
         if before_BkD is None:
             before_BkD = x_BTD.new_zeros(x_BTD.shape[0], reach, x_BTD.shape[2])
@@ -165,11 +165,14 @@ def continued(
         return ssd(*terms, state=state, chunk=chunk, rank=rank, **options)
 
 
-def ssd_multiply_adds(config: ModelConfig, groups: int, seq_len: int, *, rank: int = 1) -> float:
+def ssd_multiply_adds(
+    config: ModelConfig, groups: int, seq_len: int, *, rank: int = 1, diagonal: bool = False
+) -> float:
     """A token's share of `ops.ssd`, as it is done: C·B once a group, its product with x and the states once a head."""
     ssm, heads = config.state_space, config.ssm_heads
     length = min(ssm.chunk, seq_len)
     tokens = -(-seq_len // length) * length / seq_len  # with those that fill up the last chunk
-    within = length * rank * rank * (groups * ssm.d_state + heads * ssm.head_dim)
+    pairs = length + (1 if diagonal and rank > 1 else 0)  # a token's own rows are a small product by themselves
+    within = pairs * rank * rank * (groups * ssm.d_state + heads * ssm.head_dim)
     states = (2 if seq_len > length else 1) * rank * heads * ssm.d_state * ssm.head_dim
     return tokens * (within + states)
