@@ -109,8 +109,8 @@ class _Exp(torch.autograd.Function):
 
 
 def _decays(a_bghct: Tensor, doc_bct: Tensor | None, *, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Within each chunk of t tokens: e^{a_{j+1}+…+a_i} [b, g, h, c, t, t] of query i and key j, 0 where j > i (`strict`:
-    j ≥ i) or of another document; what a state from before the chunk keeps by token i; what key j keeps by its end."""
+    """Within each chunk of t tokens: e^{a_{j+1}+…+a_i} [b, g, h, c, t, t] of query i and key j, 0 where j > i
+    (`strict`: j ≥ i) or of another document; what a state from before keeps by token i; what key j keeps by the end."""
     length = a_bghct.shape[-1]
     later_tt = torch.ones(length, length, dtype=torch.bool, device=a_bghct.device).tril(-1)
     # Entry (i, j) is a_i where i > j; summed downwards from j + 1 to i.

@@ -7,7 +7,7 @@
 
 f is softplus, or since June 2026 1 + u for u ≥ 0 and 1/(1−u) below (`mamba3.decay: rational`). A document's first
 token has no B̃_{t−1} x_{t−1}. Of d_state channels the first half turns, in adjacent pairs, by angles all heads share and
-Δ of each head; biases start at 1. No convolution, no activation on x. The late term of step t+1 belongs to the key t, so
+Δ of each head; biases start at 1. No convolution, no activation on x. The late term of step t+1 belongs to key t, so
 in chunks (`ops.ssd`) key j weighs λ_jΔ_j + (1−λ_{j+1})Δ_{j+1} for all that come later and λ_jΔ_j for its own token:
 
     y_i = Σ_{j<i} e^{g_i−g_j} (λ_jΔ_j + (1−λ_{j+1})Δ_{j+1}) (C̃_i·B̃_j) x_j + λ_iΔ_i (C̃_i·B̃_i) x_i + D x_i
@@ -16,8 +16,8 @@ MIMO (`mamba3.rank` R > 1) is that of the authors' released code and its step re
 modules/mamba3.py and tests/ops/tilelang/test_mamba3_mimo.py); the text of the paper was not compared. One state, R rows
 of B̃ and C̃ a token, each with its biases, under one gain; x^r = x ⊙ m_x^r goes in by B̃^r, y^r = C̃^rᵀ h + D x^r comes
 out by C̃^r, and Σ_r m_o^r ⊙ y^r ⊙ silu(z ⊙ m_z^r) goes to W_out. m_x, m_z, m_o are [R, P] a head and start at 1/R, 1 and
-1/R. The released MIMO kernel pairs channels i and i + d_state/2, its reference adjacent ones, as here: the same function
-but for the order of rows. Rows of W_B and W_C are (group, r, channel) here and (r, group, channel) there. The optional
+1/R. The released MIMO kernel pairs channels i and i + d_state/2, its reference adjacent ones, as here: the same but
+for the order of rows. Rows of W_B and W_C are (group, r, channel) here and (r, group, channel) there. The optional
 norm before W_out, off by default there, is left out.
 """
 
