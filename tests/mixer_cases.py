@@ -20,7 +20,16 @@ BASE: dict[str, Any] = {
 
 # The mixers that are not sisa and attention; those have grids of their own.
 _SSM = {"head_dim": 16, "d_state": 12, "chunk": 16}  # 4 heads, of expand 2
+_CHANNELS = {"d_state": 6, "chunk": 16}
 RIVALS: dict[str, dict[str, Any]] = {
+    "mamba": {"mixer": "mamba", "mlp": "none", "ssm": _CHANNELS},
+    "jamba": {
+        "mixer": ["mamba", "attention"],
+        "rotary_fraction": 0.0,
+        "n_kv_heads": 2,
+        "ssm": _CHANNELS,
+        "mamba": {"dt_rank": 3, "norms": True},
+    },
     "mamba2": {"mixer": "mamba2", "mlp": "none", "ssm": _SSM},
     "mamba2_groups": {"mixer": "mamba2", "ssm": _SSM | {"n_groups": 2, "conv": 3}},
     "mamba3": {"mixer": "mamba3", "ssm": _SSM},

@@ -8,18 +8,22 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention", "fox", "mamba2", "mamba3"]
+MixerName = Literal["sisa", "attention", "fox", "mamba", "mamba2", "mamba3"]
 
 # Each mixer, and the sections it reads.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
     "sisa": (),
     "attention": (),
     "fox": ("fox",),
+    "mamba": ("ssm", "mamba"),
     "mamba2": ("ssm",),
     "mamba3": ("ssm", "mamba3"),
 }
-SECTIONS = ("ssm", "mamba3", "fox")
-WITHOUT_HEADS = ("mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
+SECTIONS = ("ssm", "mamba", "mamba3", "fox")
+WITH_CONV = ("mamba", "mamba2")  # of the mixers with a state-space model
+# Those whose decay is one a head of ssm.head_dim channels; without any, a channel is a head by itself.
+WITH_SSM_HEADS = ("mamba2", "mamba3")
+WITHOUT_HEADS = ("mamba", "mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
 
 
 class SSMConfig(Section):
@@ -32,6 +36,13 @@ class SSMConfig(Section):
     n_groups: PositiveInt = 1  # of heads that share B and C
     conv: NonNegativeInt = 4  # taps of the causal convolution, where the mixer has one
     chunk: PositiveInt = 64  # tokens of the training form's chunks: speed and memory, never the result
+
+
+class MambaConfig(Section):
+    """What is particular to the first Mamba."""
+
+    dt_rank: PositiveInt | None = None  # of the time steps' projection; None: d_model / 16, rounded up
+    norms: bool = False  # Jamba's RMSNorms on dt, B and C
 
 
 class Mamba3Config(Section):

@@ -10,7 +10,18 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, WITHOUT_HEADS, FoxConfig, Mamba3Config, MixerName, SSMConfig
+from sisa_dist.config.mixers import (
+    MIXER_NAMES,
+    SECTIONS,
+    WITH_CONV,
+    WITH_SSM_HEADS,
+    WITHOUT_HEADS,
+    FoxConfig,
+    Mamba3Config,
+    MambaConfig,
+    MixerName,
+    SSMConfig,
+)
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -43,6 +54,7 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
+    mamba: MambaConfig | None = None  # None: its defaults
     mamba3: Mamba3Config | None = None  # None: its defaults
     fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
 
@@ -82,7 +94,12 @@ class ModelConfig(Section):
     @property
     def ssm_heads(self) -> int:
         """Of every layer with a state-space model; 0 where there is none."""
-        return self.ssm_width // self.state_space.head_dim
+        return self.ssm_width // self.ssm_head_dim
+
+    @property
+    def ssm_head_dim(self) -> int:
+        """Channels of a head of the state-space model: 1 where no layer's mixer has such heads."""
+        return self.state_space.head_dim if _any_in(self, WITH_SSM_HEADS) else 1
 
     @property
     def ssm_width(self) -> int:
@@ -108,6 +125,15 @@ class ModelConfig(Section):
         found |= {"d_ff": self.d_ff} if any(mlp != "none" for mlp in self.layer_mlps) else {}
         found |= {"padded_vocab_size": self.padded_vocab_size}
         return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
+
+    @property
+    def mamba_options(self) -> MambaConfig:
+        return self.mamba or MambaConfig()
+
+    @property
+    def dt_rank(self) -> int:
+        """Of the first Mamba's time steps."""
+        return self.mamba_options.dt_rank or -(-self.d_model // 16)
 
     @property
     def mamba3_options(self) -> Mamba3Config:
@@ -152,7 +178,7 @@ class ModelConfig(Section):
                 raise ValueError(f"{key} is set but no layer's mixer has one: remove {key}")
         if not self.d_ff and any(mlp != "none" for mlp in self.layer_mlps):
             raise ValueError(f"d_ff is missing and layers have an MLP: set d_ff, for example {4 * self.d_model}")
-        if self.ssm_width % self.state_space.head_dim:
+        if self.ssm_width % self.ssm_head_dim:
             raise ValueError(
                 f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "
                 "ssm.width or ssm.head_dim so that they are"
@@ -162,10 +188,14 @@ class ModelConfig(Section):
             raise ValueError(
                 f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}"
             )
-        if "mamba2" in self.layer_mixers and not self.state_space.conv:
-            raise ValueError("ssm.conv is 0 and mamba2 has a convolution: set its taps, for example 4")
-        if self.state_space.conv != SSMConfig().conv and "mamba2" not in self.layer_mixers:
+        for mixer in WITH_CONV:
+            if mixer in self.layer_mixers and not self.state_space.conv:
+                raise ValueError(f"ssm.conv is 0 and {mixer} has a convolution: set its taps, for example 4")
+        if self.state_space.conv != SSMConfig().conv and not _any_in(self, WITH_CONV):
             raise ValueError(f"ssm.conv {self.state_space.conv} is set and mamba3 has no convolution: remove it")
+        for key in ("head_dim", "n_groups"):
+            if getattr(self.state_space, key) != getattr(SSMConfig(), key) and not _any_in(self, WITH_SSM_HEADS):
+                raise ValueError(f"ssm.{key} is set and mamba has neither heads nor groups: remove it")
         if "mamba3" in self.layer_mixers and self.state_space.d_state % 4:
             even = -(-self.state_space.d_state // 4) * 4
             raise ValueError(f"mamba3 turns half of ssm.d_state {self.state_space.d_state} in pairs: set {even}")
@@ -183,6 +213,10 @@ class ModelConfig(Section):
         if self.log_alpha_min is not None and not self.log_alpha_min < 0:
             raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
         return self
+
+
+def _any_in(model: ModelConfig, mixers: tuple[str, ...]) -> bool:
+    return any(mixer in mixers for mixer in model.layer_mixers)
 
 
 def uses(model: ModelConfig, key: str) -> bool:

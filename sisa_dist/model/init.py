@@ -70,10 +70,13 @@ class InverseSoftplus:
 
 @dataclass(frozen=True)
 class LogIndex:
-    """log(1), log(2), …: by the place in the whole tensor."""
+    """log(1), log(2), …: by the place in the whole tensor, anew every `period`."""
+
+    period: int | None = None
 
     def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
-        return np.log(np.arange(start + 1, stop + 1, dtype=np.float64)).astype(np.float32)
+        place = np.arange(start, stop, dtype=np.float64)
+        return np.log(1 + (place if self.period is None else place % self.period)).astype(np.float32)
 
 
 def _drawn(key: bytes, start: int, stop: int, block_of: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ from sisa_dist.ops.decode import AttentionCache, ForgettingCache, SisaCache
 from sisa_dist.ops.forgetting import forgetting_attention
 from sisa_dist.ops.phase import running_phase
 from sisa_dist.ops.score import sisa_attention
+from sisa_dist.ops.selective import selective_scan
 from sisa_dist.ops.ssd import ssd, ssd_step
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "causal_attention",
     "forgetting_attention",
     "running_phase",
+    "selective_scan",
     "sisa_attention",
     "ssd",
     "ssd_step",

@@ -52,7 +52,7 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.wv.bias": Split("column", "kv_heads"),
     "blocks.*.mixer.wo.weight": Split("row", "n_heads"),
     "blocks.*.mixer.wo.bias": Split("added"),
-    "blocks.*.mixer.?_norm.weight": Split("shared"),
+    "blocks.*.mixer*.?_norm.weight": Split("shared"),
     # sisa: C and λ belong to the query head; B, θ and α to the kv head
     "blocks.*.mixer.wc.weight": Split("column", "n_heads"),
     "blocks.*.mixer.wb.weight": Split("column", "kv_heads"),
@@ -66,13 +66,16 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.output_gate.weight": Split("column", "n_heads"),
     "blocks.*.mixer.?_shift.weight": Split("column", "kv_heads"),
     "blocks.*.mixer.output_norm.weight": Split("column", "n_heads"),
-    # mamba2 and mamba3, alone or inside another mixer; heads here are those of the state-space model
+    # mamba, mamba2 and mamba3, alone or inside another mixer; heads here are those of the state-space model, and
+    # mamba's channels
     "blocks.*.mixer*.wz.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wx.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wB.weight": Split("column", "ssm_groups"),
     "blocks.*.mixer*.wC.weight": Split("column", "ssm_groups"),
     "blocks.*.mixer*.wdt.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wout.weight": Split("row", "ssm_heads"),
+    "blocks.*.mixer*.wselect.weight": Split("inner", "ssm_heads"),
+    "blocks.*.mixer*.dt_norm.weight": Split("shared"),
     "blocks.*.mixer*.conv_x.*": Split("column", "ssm_heads"),
     "blocks.*.mixer*.conv_B.*": Split("column", "ssm_groups"),
     "blocks.*.mixer*.conv_C.*": Split("column", "ssm_groups"),

@@ -152,7 +152,7 @@ def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
 
 
 def _left_alone(module: Any, group: Any) -> None:
-    """Nothing is done, so the norm takes its mean over what is here."""
+    """Nothing is done, so the module goes on with what is here alone."""
 
 
 def _first_rows(model: Any, name: str, split: Any, mesh: Any) -> tuple[int, int] | None:
@@ -196,6 +196,8 @@ MUTATIONS: dict[str, Any] = {
     "partial marked full: angles of all heads": _marked_full("*.wangle.weight"),
     "partial marked full: a gain of all heads": _marked_full("*.B_norm.weight"),
     "a norm over this rank's channels alone": mock.patch.object(apply, "norm_over_ranks", _left_alone),
+    "a sum inside a region left out": mock.patch.object(apply, "sum_after", _left_alone),
+    "partial marked full: a gain of Mamba's time steps": _marked_full("*.dt_norm.weight"),
     "a group's rows from the first group": mock.patch.object(apply, "_own_rows", _first_rows),
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

@@ -1,4 +1,4 @@
-"""Mamba-2 and Mamba-3 against step recurrences written out from their equations, in fp64, with every gradient."""
+"""The Mambas against step recurrences written out from their equations, in fp64, with every gradient."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from mixer_cases import BASE, RIVALS
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.model import build_model
+from sisa_dist.model.mixers.mamba import Mamba
 from sisa_dist.model.mixers.mamba2 import Mamba2
 from sisa_dist.model.mixers.mamba3 import Mamba3, Rates3
 from sisa_dist.model.rope import rope_tables
@@ -65,6 +66,27 @@ def mamba2_steps(mixer: Mamba2, u_TD: Tensor, groups: int) -> Tensor:
             y.append(C[group] @ h[i] + D[i] * x[i])
         gated = torch.cat(y) * silu(p["wz.weight"] @ u_TD[t])
         rows.append(p["wout.weight"] @ (normed(gated.view(groups, -1), 1e-6).flatten() * p["gated_norm.weight"]))
+    return torch.stack(rows)
+
+
+def mamba_steps(mixer: Mamba, u_TD: Tensor, norms: bool) -> Tensor:
+    """One sequence, token by token."""
+    p = dict(mixer.named_parameters())
+    channels, rank, states = len(p["skip.D"]), p["wdt.weight"].shape[1], p["wselect.weight"].shape[0]
+    states = (states - rank) // 2
+    A, h, rows = -p["rates.A_log"].view(channels, states).exp(), u_TD.new_zeros(channels, states), []
+    taps = p["conv_x.weight"]
+    for t in range(len(u_TD)):
+        x = p["conv_x.bias"]
+        for back in range(min(taps.shape[1], t + 1)):
+            x = x + taps[:, -1 - back] * (p["wx.weight"] @ u_TD[t - back])
+        x = silu(x)
+        dt, B, C = (p["wselect.weight"] @ x).split([rank, states, states])
+        if norms:
+            dt, B, C = (normed(z, 1e-6) * p[f"{kind}_norm.weight"] for z, kind in ((dt, "dt"), (B, "B"), (C, "C")))
+        delta = torch.log1p(torch.exp(p["wdt.weight"] @ dt + p["rates.dt_bias"]))
+        h = torch.exp(delta[:, None] * A) * h + torch.outer(delta * x, B)
+        rows.append(p["wout.weight"] @ ((h @ C + p["skip.D"] * x) * silu(p["wz.weight"] @ u_TD[t])))
     return torch.stack(rows)
 
 
@@ -128,6 +150,14 @@ def inputs(T: int = 37) -> Tensor:
 
 LENGTHS = [1, 13, 23]  # of documents
 DOC_IDS = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None]
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba"])
+def test_mamba_is_its_recurrence(name: str) -> None:
+    mixer, u, norms = mixer_of(name, mixer="mamba"), inputs(), name == "jamba"
+    same_with_gradients(mixer, mixer(u, ROPE)[0], mamba_steps(mixer, u[0], norms), u)
+    apart = torch.cat([mamba_steps(mixer, part, norms) for part in u[0].split(LENGTHS)])
+    same_with_gradients(mixer, mixer(u, ROPE, DOC_IDS)[0], apart, u)
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba2_groups"])
@@ -213,6 +243,10 @@ def test_slices_of_initial_values_are_the_whole() -> None:
         ({"mixer": "mamba2", "ssm": {"head_dim": 24}}, "64 channels are not a multiple of its head_dim 24"),
         ({"mixer": "mamba2", "ssm": {"head_dim": 16, "n_groups": 3}}, "ssm.n_groups 3 does not divide 4 heads"),
         ({"mixer": "mamba2", "ssm": {"conv": 0, "head_dim": 16}}, "ssm.conv is 0 and mamba2 has a convolution"),
+        ({"mixer": "mamba", "ssm": {"conv": 0}}, "ssm.conv is 0 and mamba has a convolution"),
+        ({"mixer": "mamba", "ssm": {"head_dim": 16}}, "ssm.head_dim is set and mamba has neither"),
+        ({"mixer": "mamba", "ssm": {"n_groups": 2}}, "ssm.n_groups is set and mamba has neither"),
+        ({"mixer": "mamba2", "mamba": {"norms": True}}, "mamba is set but"),
         ({"mixer": "mamba3", "ssm": {"d_state": 10, "head_dim": 16}}, "half of ssm.d_state 10 in pairs: set 12"),
         ({"mixer": "mamba3", "ssm": {"conv": 3, "head_dim": 16}}, "ssm.conv 3 .* no convolution"),
         ({"mixer": "mamba2", "mamba3": {"rank": 2}}, "mamba3 is set but"),

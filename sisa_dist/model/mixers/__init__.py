@@ -3,10 +3,18 @@
 from sisa_dist.model.mixers.attention import Attention
 from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.fox import FoX
+from sisa_dist.model.mixers.mamba import Mamba
 from sisa_dist.model.mixers.mamba2 import Mamba2
 from sisa_dist.model.mixers.mamba3 import Mamba3
 from sisa_dist.model.mixers.sisa import SISA
 
-MIXERS: dict[str, type[Mixer]] = {"sisa": SISA, "attention": Attention, "fox": FoX, "mamba2": Mamba2, "mamba3": Mamba3}
+MIXERS: dict[str, type[Mixer]] = {
+    "sisa": SISA,
+    "attention": Attention,
+    "fox": FoX,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": Mamba3,
+}
 
-__all__ = ["MIXERS", "SISA", "Attention", "Cache", "FoX", "Mamba2", "Mamba3", "Mixer"]
+__all__ = ["MIXERS", "SISA", "Attention", "Cache", "FoX", "Mamba", "Mamba2", "Mamba3", "Mixer"]
