@@ -25,6 +25,7 @@ ARCHITECTURES = {  # by the model_type of config.json, in the order in which an 
     "qwen3": "sisa_dist.convert.llama",
     "gpt_neox": "sisa_dist.convert.neox",
     "mamba2": "sisa_dist.convert.mamba2",
+    "jamba": "sisa_dist.convert.jamba",
     "sisa": "sisa_dist.convert.hf_sisa",
 }
 

@@ -6,15 +6,12 @@ is Mamba-Codestral. The checkpoints of state-spaces' own library have no config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert.families import Fields, parameter_shapes, refuse, renamed, translated
+from sisa_dist.convert.fused import cut, joined
 from sisa_dist.convert.recipe import Recipe
 
 MODEL_TYPES = ("mamba2",)
@@ -47,7 +44,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     fields.only("use_bias", False)
     fields.only("use_conv_bias", True)
     fields.only("quantization_config")
-    _refuse_limit(fields)
+    refuse_limit(fields)
     heads, head_dim, width = fields.get("num_heads", 128), fields.get("head_dim", 64), fields.need("hidden_size")
     if heads * head_dim != width * fields.get("expand", 2):
         raise UserError(
@@ -112,7 +109,9 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
     for ours in shapes:
         block, inside = _place(ours)
         if inside in _HOME:
-            recipes[ours] = Recipe((_name(block, _HOME[inside]),), _cut(shapes, block, inside))
+            theirs = _name(block, _HOME[inside])
+            rows = {part: shapes[f"{block}.{part}"][0] for part in _FUSED[_HOME[inside]]}
+            recipes[ours] = Recipe((theirs,), cut(theirs, rows, inside))
         else:
             recipes[ours] = renamed(ours, _theirs(ours), model, export=False)
     return recipes
@@ -127,7 +126,7 @@ def exports(model: ModelConfig) -> dict[str, Recipe]:
             recipes[_theirs(ours)] = renamed(ours, _theirs(ours), model, export=True)
         elif inside == _FUSED[_HOME[inside]][0]:
             parts = tuple(f"{block}.{part}" for part in _FUSED[_HOME[inside]])
-            recipes[_name(block, _HOME[inside])] = Recipe(parts, _joined(inside))
+            recipes[_name(block, _HOME[inside])] = Recipe(parts, joined(convolution=inside == "mixer.conv_x.weight"))
     return recipes
 
 
@@ -150,29 +149,7 @@ def _theirs(ours: str) -> str:
     return translated(ours, whole=_WHOLE, blocks="backbone.layers", block=_BLOCK)
 
 
-def _cut(shapes: Mapping[str, torch.Size], block: str, inside: str) -> Callable[[Tensor], Tensor]:
-    parts = _FUSED[_HOME[inside]]
-    ends = dict(zip(parts, accumulate(shapes[f"{block}.{part}"][0] for part in parts), strict=True))
-    stop, rows, width = ends[inside], shapes[f"{block}.{inside}"][0], max(ends.values())
-
-    def cut(fused: Tensor) -> Tensor:
-        if fused.shape[0] != width:
-            raise UserError(
-                f"config.json: the model it describes has {width} rows in {_name(block, _HOME[inside])} and the "
-                f"checkpoint {fused.shape[0]}: is this the right config?"
-            )
-        part = fused[stop - rows : stop]
-        return part.squeeze(1) if part.ndim == 3 else part  # a depthwise convolution's [channels, 1, taps]
-
-    return cut
-
-
-def _joined(inside: str) -> Callable[..., Tensor]:
-    convolution = inside == "mixer.conv_x.weight"
-    return lambda *parts: torch.cat(parts).unsqueeze(1) if convolution else torch.cat(parts)
-
-
-def _refuse_limit(fields: Fields) -> None:
+def refuse_limit(fields: Fields) -> None:
     """Δ clamped to less than all it can be."""
     limit = fields.get("time_step_limit", [], list)
     # Infinity as Python's json writes it, or as transformers 5 does.
