@@ -36,6 +36,16 @@ RIVALS: dict[str, dict[str, Any]] = {
     "mamba3_mimo": {"mixer": "mamba3", "ssm": _SSM | {"n_groups": 2}, "mamba3": {"rank": 3}},
     "mamba3_rational": {"mixer": "mamba3", "mlp": "none", "ssm": _SSM, "mamba3": {"decay": "rational"}},
     "mamba3_sisa": {"mixer": ["mamba3", "sisa"], "d_s": [0, 8], "ssm": _SSM},
+    "falcon_h1": {"mixer": "falcon_h1", "n_kv_heads": 2, "ssm": _SSM},
+    "falcon_h1_scaled": {
+        "mixer": "falcon_h1",
+        "ssm": _SSM | {"n_groups": 2},
+        "falcon_h1": {
+            **{"attention_in": 1.2, "attention_out": 0.8, "key": 1.4, "ssm_in": 0.7, "ssm_out": 1.3},
+            **{"ssm_z": 1.5, "ssm_x": 0.6, "ssm_B": 1.6, "ssm_C": 0.9, "ssm_dt": 0.5, "norm": "before_gate"},
+        },
+        "multipliers": {"embedding": 2.0, "head": 0.7, "mlp_gate": 1.3, "mlp_down": 0.6},
+    },
     "fox": {"mixer": "fox"},
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
 }

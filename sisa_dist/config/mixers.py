@@ -8,21 +8,22 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention", "fox", "mamba", "mamba2", "mamba3"]
+MixerName = Literal["sisa", "attention", "falcon_h1", "fox", "mamba", "mamba2", "mamba3"]
 
 # Each mixer, and the sections it reads.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
     "sisa": (),
     "attention": (),
     "fox": ("fox",),
+    "falcon_h1": ("ssm", "falcon_h1"),
     "mamba": ("ssm", "mamba"),
     "mamba2": ("ssm",),
     "mamba3": ("ssm", "mamba3"),
 }
-SECTIONS = ("ssm", "mamba", "mamba3", "fox")
-WITH_CONV = ("mamba", "mamba2")  # of the mixers with a state-space model
+SECTIONS = ("ssm", "mamba", "mamba3", "fox", "falcon_h1")
+WITH_CONV = ("mamba", "mamba2", "falcon_h1")  # of the mixers with a state-space model
 # Those whose decay is one a head of ssm.head_dim channels; without any, a channel is a head by itself.
-WITH_SSM_HEADS = ("mamba2", "mamba3")
+WITH_SSM_HEADS = ("mamba2", "mamba3", "falcon_h1")
 WITHOUT_HEADS = ("mamba", "mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
 
 
@@ -56,3 +57,28 @@ class FoxConfig(Section):
     """The forgetting transformer's layer."""
 
     pro: bool = False  # norms of each head's q, k and output, shift of k and v, output gate
+
+
+class FalconH1Config(Section):
+    """Falcon-H1's layer: constants by which activations are multiplied, and where the Mamba-2's RMSNorm stands."""
+
+    attention_in: float = 1.0  # on the input of the attention
+    attention_out: float = 1.0
+    key: float = 1.0
+    ssm_in: float = 1.0  # on the input of the Mamba-2
+    ssm_out: float = 1.0
+    ssm_z: float = 1.0  # on what that input is projected to
+    ssm_x: float = 1.0
+    ssm_B: float = 1.0
+    ssm_C: float = 1.0
+    ssm_dt: float = 1.0
+    norm: Literal["none", "before_gate", "after_gate"] = "none"
+
+
+class MultipliersConfig(Section):
+    """Constants by which activations outside the mixers are multiplied, of models that have such."""
+
+    embedding: float = 1.0  # on what the embedding gives
+    head: float = 1.0  # on the logits
+    mlp_gate: float = 1.0  # of swiglu: before its silu
+    mlp_down: float = 1.0  # of swiglu: on its output

@@ -16,10 +16,12 @@ from sisa_dist.config.mixers import (
     WITH_CONV,
     WITH_SSM_HEADS,
     WITHOUT_HEADS,
+    FalconH1Config,
     FoxConfig,
     Mamba3Config,
     MambaConfig,
     MixerName,
+    MultipliersConfig,
     SSMConfig,
 )
 from sisa_dist.config.section import Section
@@ -57,6 +59,8 @@ class ModelConfig(Section):
     mamba: MambaConfig | None = None  # None: its defaults
     mamba3: Mamba3Config | None = None  # None: its defaults
     fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
+    falcon_h1: FalconH1Config | None = None  # None: its defaults
+    multipliers: MultipliersConfig | None = None  # None: all 1
 
     @property
     def padded_vocab_size(self) -> int:
@@ -136,6 +140,14 @@ class ModelConfig(Section):
         return self.mamba_options.dt_rank or -(-self.d_model // 16)
 
     @property
+    def falcon_h1_options(self) -> FalconH1Config:
+        return self.falcon_h1 or FalconH1Config()
+
+    @property
+    def multiplier_options(self) -> MultipliersConfig:
+        return self.multipliers or MultipliersConfig()
+
+    @property
     def mamba3_options(self) -> Mamba3Config:
         return self.mamba3 or Mamba3Config()
 
@@ -188,6 +200,9 @@ class ModelConfig(Section):
             raise ValueError(
                 f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}"
             )
+        by = self.multiplier_options
+        if (by.mlp_gate, by.mlp_down) != (1.0, 1.0) and "swiglu" not in self.layer_mlps:
+            raise ValueError("multipliers.mlp_gate and mlp_down are of swiglu, and no layer has one: remove them")
         for mixer in WITH_CONV:
             if mixer in self.layer_mixers and not self.state_space.conv:
                 raise ValueError(f"ssm.conv is 0 and {mixer} has a convolution: set its taps, for example 4")

@@ -11,6 +11,7 @@ from sisa_dist.model.init import init_parameters
 from sisa_dist.model.mixers import Cache
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import rope_tables
+from sisa_dist.model.scale import scaled
 
 
 class LM(nn.Module):
@@ -40,9 +41,9 @@ class LM(nn.Module):
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None."""
-        config = self.config
+        config, by = self.config, self.config.multiplier_options
         start = cache[0].length if cache else 0
-        h_BTD = self.embed(tokens_BT)
+        h_BTD = scaled(self.embed(tokens_BT), by.embedding)
         rope = rope_tables(
             start,
             tokens_BT.shape[1],
@@ -55,7 +56,7 @@ class LM(nn.Module):
         if last_only:
             h_BTD = h_BTD[:, -1:]
         weight_VD = self.embed.weight if config.tie_embeddings else None
-        return self.head(self.norm(h_BTD), weight_VD, labels_BT, per_token=per_token)
+        return self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """What the metrics log of each layer, of this rank's heads and tokens; empty where there is nothing."""

@@ -11,7 +11,7 @@ How h is computed in chunks: `sisa_dist.ops.ssd`. What is fused there into one p
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables
+from sisa_dist.model.scale import scaled
 from sisa_dist.ops import ssd, ssd_step
 
 
@@ -102,10 +103,23 @@ class Mamba2Cache:
 
 
 class Mamba2(Mixer):
-    """The layer of the equations above. u [B, T, d_model] → [B, T, d_model]. RoPE's tables are not used."""
+    """The layer of the equations above. u [B, T, d_model] → [B, T, d_model]. RoPE's tables are not used.
 
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
+    `multipliers`: constants on what u is projected to, in the order z, x, B, C, dt. `norm` after_gate is the RMSNorm
+    above; before_gate: RMSNorm(y) · silu(W_z u).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        attention: AttentionConfig,
+        *,
+        multipliers: tuple[float, ...] = (1.0,) * 5,
+        norm: Literal["none", "before_gate", "after_gate"] = "after_gate",
+    ) -> None:
         super().__init__(config, layer, attention)
+        self.multipliers, self.norm_first = multipliers, norm == "before_gate"
         d, ssm, channels, heads = config.d_model, config.state_space, config.ssm_width, config.ssm_heads
         self.head_dim, self.d_state, self.chunk = ssm.head_dim, ssm.d_state, ssm.chunk
         shared = ssm.n_groups * ssm.d_state
@@ -119,7 +133,9 @@ class Mamba2(Mixer):
         self.conv_C = CausalConv(shared, ssm.conv)
         self.rates = Rates(heads)
         self.skip = Skip(heads)
-        self.gated_norm = RMSNorm(channels, eps=config.norm_eps, groups=ssm.n_groups)
+        self.gated_norm = (
+            nn.Identity() if norm == "none" else RMSNorm(channels, eps=config.norm_eps, groups=ssm.n_groups)
+        )
         self.wout = nn.Linear(channels, d, bias=False)
 
     @staticmethod
@@ -136,12 +152,13 @@ class Mamba2(Mixer):
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         assert cache is None or isinstance(cache, Mamba2Cache)
-        z_BTD = self.wz(x_BTD)
-        delta_BHT, log_decay_BHT = self.rates(self.wdt(x_BTD))
+        by_z, by_x, by_B, by_C, by_dt = self.multipliers
+        z_BTD = scaled(self.wz(x_BTD), by_z)
+        delta_BHT, log_decay_BHT = self.rates(scaled(self.wdt(x_BTD), by_dt))
         before = [None] * 3 if cache is None else cache.before
-        channels_BTD, before_x = self.conv_x(self.wx(x_BTD), doc_ids, before[0])
-        B_BTD, before_B = self.conv_B(self.wB(x_BTD), doc_ids, before[1])
-        C_BTD, before_C = self.conv_C(self.wC(x_BTD), doc_ids, before[2])
+        channels_BTD, before_x = self.conv_x(scaled(self.wx(x_BTD), by_x), doc_ids, before[0])
+        B_BTD, before_B = self.conv_B(scaled(self.wB(x_BTD), by_B), doc_ids, before[1])
+        C_BTD, before_C = self.conv_C(scaled(self.wC(x_BTD), by_C), doc_ids, before[2])
         x_BHTP = split_heads(channels_BTD, self.head_dim)
         B_BGTN, C_BGTN = split_heads(B_BTD, self.d_state), split_heads(C_BTD, self.d_state)
         terms = x_BHTP, log_decay_BHT, B_BGTN, C_BGTN, delta_BHT
@@ -151,8 +168,9 @@ class Mamba2(Mixer):
             y_BHTP, cache.state = continued(*terms, state=cache.state, chunk=self.chunk)
             cache.before = [before_x, before_B, before_C]
             cache.length += x_BTD.shape[1]
-        y_BTD = merge_heads(y_BHTP + self.skip(x_BHTP)) * F.silu(at_least_fp32(z_BTD))
-        return self.wout(self.gated_norm(y_BTD).to(x_BTD.dtype))
+        y_BTD, gate_BTD = merge_heads(y_BHTP + self.skip(x_BHTP)), F.silu(at_least_fp32(z_BTD))
+        y_BTD = self.gated_norm(y_BTD) * gate_BTD if self.norm_first else self.gated_norm(y_BTD * gate_BTD)
+        return self.wout(y_BTD.to(x_BTD.dtype))
 
 
 def continued(
