@@ -46,6 +46,13 @@ RIVALS: dict[str, dict[str, Any]] = {
         },
         "multipliers": {"embedding": 2.0, "head": 0.7, "mlp_gate": 1.3, "mlp_down": 0.6},
     },
+    "hymba": {
+        "mixer": "hymba",
+        "n_kv_heads": 2,
+        "ssm": _CHANNELS,
+        "mamba": {"norms": True},
+        "hymba": {"window": 7, "global_layers": [1], "meta_tokens": 4},
+    },
     "fox": {"mixer": "fox"},
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
 }

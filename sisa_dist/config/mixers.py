@@ -8,7 +8,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from sisa_dist.config.section import Section
 
-MixerName = Literal["sisa", "attention", "falcon_h1", "fox", "mamba", "mamba2", "mamba3"]
+MixerName = Literal["sisa", "attention", "falcon_h1", "fox", "hymba", "mamba", "mamba2", "mamba3"]
 
 # Each mixer, and the sections it reads.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
@@ -16,12 +16,13 @@ MIXER_NAMES: dict[str, tuple[str, ...]] = {
     "attention": (),
     "fox": ("fox",),
     "falcon_h1": ("ssm", "falcon_h1"),
+    "hymba": ("ssm", "mamba", "hymba"),
     "mamba": ("ssm", "mamba"),
     "mamba2": ("ssm",),
     "mamba3": ("ssm", "mamba3"),
 }
-SECTIONS = ("ssm", "mamba", "mamba3", "fox", "falcon_h1")
-WITH_CONV = ("mamba", "mamba2", "falcon_h1")  # of the mixers with a state-space model
+SECTIONS = ("ssm", "mamba", "mamba3", "fox", "falcon_h1", "hymba")
+WITH_CONV = ("mamba", "mamba2", "falcon_h1", "hymba")  # of the mixers with a state-space model
 # Those whose decay is one a head of ssm.head_dim channels; without any, a channel is a head by itself.
 WITH_SSM_HEADS = ("mamba2", "mamba3", "falcon_h1")
 WITHOUT_HEADS = ("mamba", "mamba2", "mamba3")  # those that read neither n_heads nor n_kv_heads, only the heads of ssm
@@ -73,6 +74,14 @@ class FalconH1Config(Section):
     ssm_C: float = 1.0
     ssm_dt: float = 1.0
     norm: Literal["none", "before_gate", "after_gate"] = "none"
+
+
+class HymbaConfig(Section):
+    """Hymba's attention and the learned tokens in front of every document."""
+
+    window: PositiveInt = 1024  # tokens a query sees, itself among them
+    global_layers: list[NonNegativeInt] | None = None  # that see everything; None: the first, the middle and the last
+    meta_tokens: NonNegativeInt = 128  # always visible; packed rows grow by as many a document
 
 
 class MultipliersConfig(Section):

@@ -18,6 +18,7 @@ from sisa_dist.config.mixers import (
     WITHOUT_HEADS,
     FalconH1Config,
     FoxConfig,
+    HymbaConfig,
     Mamba3Config,
     MambaConfig,
     MixerName,
@@ -60,11 +61,13 @@ class ModelConfig(Section):
     mamba3: Mamba3Config | None = None  # None: its defaults
     fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
     falcon_h1: FalconH1Config | None = None  # None: its defaults
+    hymba: HymbaConfig | None = None  # None: its defaults
     multipliers: MultipliersConfig | None = None  # None: all 1
 
     @property
     def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        """Rows of the embedding: behind the vocabulary lie the meta tokens', then padding."""
+        return -(-(self.vocab_size + self.meta_tokens) // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def kv_heads(self) -> int:
@@ -128,6 +131,7 @@ class ModelConfig(Section):
         found = {"n_heads": self.n_heads, "kv_heads": self.kv_heads} if heads else {}
         found |= {"d_ff": self.d_ff} if any(mlp != "none" for mlp in self.layer_mlps) else {}
         found |= {"padded_vocab_size": self.padded_vocab_size}
+        found |= {"meta_tokens": self.meta_tokens} if self.meta_tokens else {}
         return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
 
     @property
@@ -142,6 +146,21 @@ class ModelConfig(Section):
     @property
     def falcon_h1_options(self) -> FalconH1Config:
         return self.falcon_h1 or FalconH1Config()
+
+    @property
+    def hymba_options(self) -> HymbaConfig:
+        return self.hymba or HymbaConfig()
+
+    @property
+    def meta_tokens(self) -> int:
+        """Learned tokens in front of every document; 0 where no layer's mixer is hymba."""
+        return self.hymba_options.meta_tokens if uses(self, "hymba") else 0
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of a hymba layer sees; None: all before it."""
+        said = self.hymba_options.global_layers
+        everywhere = [0, self.n_layers // 2, self.n_layers - 1] if said is None else said
+        return None if layer in everywhere else self.hymba_options.window
 
     @property
     def multiplier_options(self) -> MultipliersConfig:
@@ -203,6 +222,14 @@ class ModelConfig(Section):
         by = self.multiplier_options
         if (by.mlp_gate, by.mlp_down) != (1.0, 1.0) and "swiglu" not in self.layer_mlps:
             raise ValueError("multipliers.mlp_gate and mlp_down are of swiglu, and no layer has one: remove them")
+        if "hymba" in self.layer_mixers and self.ssm_width % self.n_heads:
+            raise ValueError(
+                f"hymba: {self.ssm_width} channels of ssm are no multiple of n_heads {self.n_heads}, whose values they "
+                "are: set ssm.width or ssm.expand so that they are"
+            )
+        beyond = [layer for layer in self.hymba_options.global_layers or [] if layer >= self.n_layers]
+        if beyond:
+            raise ValueError(f"hymba.global_layers has layer {beyond[0]}, n_layers is {self.n_layers}: remove it")
         for mixer in WITH_CONV:
             if mixer in self.layer_mixers and not self.state_space.conv:
                 raise ValueError(f"ssm.conv is 0 and {mixer} has a convolution: set its taps, for example 4")

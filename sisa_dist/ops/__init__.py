@@ -11,11 +11,13 @@ from sisa_dist.ops.phase import running_phase
 from sisa_dist.ops.score import sisa_attention
 from sisa_dist.ops.selective import selective_scan
 from sisa_dist.ops.ssd import ssd, ssd_step
+from sisa_dist.ops.window import WindowCache, window_attention
 
 __all__ = [
     "AttentionCache",
     "ForgettingCache",
     "SisaCache",
+    "WindowCache",
     "causal_attention",
     "forgetting_attention",
     "running_phase",
@@ -23,4 +25,5 @@ __all__ = [
     "sisa_attention",
     "ssd",
     "ssd_step",
+    "window_attention",
 ]

@@ -74,6 +74,8 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer*.wC.weight": Split("column", "ssm_groups"),
     "blocks.*.mixer*.wdt.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wout.weight": Split("row", "ssm_heads"),
+    "blocks.*.mixer.attention_norm.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.ssm_norm.weight": Split("column", "ssm_heads"),
     "blocks.*.mixer*.wselect.weight": Split("inner", "ssm_heads"),
     "blocks.*.mixer*.dt_norm.weight": Split("shared"),
     "blocks.*.mixer*.conv_x.*": Split("column", "ssm_heads"),
@@ -127,7 +129,7 @@ def check_tp(model: ModelConfig, tp: int) -> None:
         elif misfit == "d_ff":
             remedy += f", or model.d_ff to {size // tp * tp} or {(size // tp + 1) * tp}"
         else:
-            remedy += f", or model.{misfit} to a multiple of {tp}"
+            remedy += f", or model.{name} to a multiple of {tp}"
         raise UserError(f"parallel.tp {tp} does not divide {name} {size}: {remedy}")
 
 
@@ -136,6 +138,7 @@ _SETTINGS = {
     "padded_vocab_size": "the padded vocabulary",
     "ssm_heads": "the heads of ssm,",
     "ssm_groups": "ssm.n_groups",
+    "meta_tokens": "hymba.meta_tokens",  # under sequence parallelism each rank holds as much of the longer rows
 }
 
 

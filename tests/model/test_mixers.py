@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixer_cases import BASE, RIVALS
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model import LM, build_model
+from sisa_dist.model.meta import at_tokens, with_meta_tokens
 from sisa_dist.model.mixers import MIXERS
+from sisa_dist.model.mixers.hymba import keys_per_query
 from sisa_dist.model.rope import rope_tables
 
 CASES: dict[str, dict[str, Any]] = {"sisa": {"mixer": "sisa", "d_s": 8}, "attention": {"mixer": "attention"}, **RIVALS}
@@ -57,12 +59,17 @@ def packed(*, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def logits_and_embedding(model: LM, tokens: Tensor, doc_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits, and the embedded tokens as a leaf of their graph."""
+    """Logits, and the embedded tokens as a leaf of their graph; of meta tokens nothing."""
     seen: list[Tensor] = []
+    count, first = model.config.meta_tokens, model.config.vocab_size
+    prefixed = with_meta_tokens(tokens, doc_ids, count=count, first_id=first) if count else None
 
     def keep(module: Any, arguments: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[0]
+        output = output.detach()
+        seen.append((output if prefixed is None else at_tokens(output, prefixed)).requires_grad_())
+        if prefixed is None:
+            return seen[0]
+        return output.scatter(1, prefixed.places[..., None].expand_as(seen[0]), seen[0])
 
     handle = model.embed.register_forward_hook(keep)
     logits = model(tokens, doc_ids_BT=doc_ids)
@@ -127,7 +134,7 @@ def test_decoding_in_any_chunks_is_the_full_run(name: str, strength: str, dtype:
         for chunks in ([1] * 37, [11, 1, 17, 2, 6], [37]):
             cache = model.new_cache()
             parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
-            assert all(layer.length == 37 for layer in cache)
+            assert all(layer.length == 37 + model.config.meta_tokens for layer in cache)
             assert (torch.cat(parts, 1) - full).abs().max() < tolerance * full.abs().max()
 
 
@@ -165,6 +172,9 @@ def test_multiply_adds_are_what_torch_counts(name: str) -> None:
         counted = MIXERS[config.layer_mixers[layer]].multiply_adds(config, layer, T)
         if config.layer_mixers[layer] in ("attention", "falcon_h1"):
             counted -= uncounted
+        if config.layer_mixers[layer] == "hymba":
+            keys = keys_per_query(T, config.window_of(layer), config.meta_tokens)
+            counted -= config.n_heads * (config.width_per_head + config.ssm_width // config.n_heads) * keys
         assert counter.get_total_flops() / (2 * T) == pytest.approx(counted, rel=1e-9)
 
 
@@ -183,6 +193,8 @@ PARAMETERS = {
     # attention of two kv heads; Mamba-2 without its norm
     "falcon_h1": 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32 * 12 + 32 * 4 + (64 + 24) * 5 + 3 * 4,
     "falcon_h1_scaled": 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32 * 24 + 32 * 4 + (64 + 48) * 5 + 3 * 4 + 64,
+    # q, k, v of two kv heads, 16 values a head; Mamba with norms; norms of both outputs
+    "hymba": 32 * 32 + 32 * 16 + 32 * 32 + 3 * 32 * 64 + 64 * (2 + 12) + 2 * 64 + 64 * 5 + 64 * 6 + 4 * 64 + 2 + 12,
     "mamba2_groups": 3 * 32 * 64 + 2 * 32 * 24 + 32 * 4 + (64 + 48) * 4 + 3 * 4 + 64,
     "sisa": 4 * 32 * 32 + 2 * 32 * 4 * 8 + (32 * 4 + 4) + 32 * 4 * 4 + 4,
     "attention": 4 * 32 * 32,

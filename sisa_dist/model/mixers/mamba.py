@@ -58,9 +58,12 @@ class MambaCache:
 
 
 class Mamba(Mixer):
-    """The layer of the equations above. u [B, T, d_model] → [B, T, d_model]. RoPE's tables are not used."""
+    """The layer of the equations above. u [B, T, d_model] → [B, T, d_model]. RoPE's tables are not used.
 
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
+    Without `output` there is no W_out, and what it would read is given: [B, T, channels] in at least fp32.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig, *, output: bool = True) -> None:
         super().__init__(config, layer, attention)
         d, ssm, channels = config.d_model, config.state_space, config.ssm_width
         self.widths, self.chunk = [config.dt_rank, ssm.d_state, ssm.d_state], ssm.chunk
@@ -77,7 +80,7 @@ class Mamba(Mixer):
             RMSNorm(width, eps=config.norm_eps) if config.mamba_options.norms else nn.Identity()
             for width in self.widths
         )
-        self.wout = nn.Linear(channels, d, bias=False)
+        self.wout = nn.Linear(channels, d, bias=False) if output else None
 
     @staticmethod
     def new_cache() -> MambaCache:
@@ -108,4 +111,5 @@ class Mamba(Mixer):
             cache.length += x_BTD.shape[1]
         # A channel is a head one channel wide.
         y_BTD = y_BTD + self.skip(channels_BTD.mT[..., None])[..., 0].mT
-        return self.wout((y_BTD * F.silu(at_least_fp32(z_BTD))).to(x_BTD.dtype))
+        y_BTD = y_BTD * F.silu(at_least_fp32(z_BTD))
+        return y_BTD if self.wout is None else self.wout(y_BTD.to(x_BTD.dtype))
