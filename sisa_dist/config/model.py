@@ -10,7 +10,22 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
-from sisa_dist.config.mixers import MIXER_NAMES, SECTIONS, FoxConfig, MixerName, SisaConfig, SSMConfig
+from sisa_dist.config.mixers import (
+    MIXER_NAMES,
+    SECTIONS,
+    WITH_CONV,
+    WITH_SSM_HEADS,
+    WITHOUT_HEADS,
+    FalconH1Config,
+    FoxConfig,
+    HymbaConfig,
+    Mamba3Config,
+    MambaConfig,
+    MixerName,
+    MultipliersConfig,
+    SisaConfig,
+    SSMConfig,
+)
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "none"]
@@ -23,10 +38,10 @@ class ModelConfig(Section):
     vocab_multiple: PositiveInt = 128  # the embedding is padded to a multiple of it once, whatever the layout
     d_model: PositiveInt
     n_layers: PositiveInt
-    n_heads: PositiveInt
+    n_heads: PositiveInt  # of attention; without effect where every mixer has only the heads of ssm
     n_kv_heads: PositiveInt | None = None  # None: n_heads
     head_dim: PositiveInt | None = None  # None: d_model / n_heads
-    d_ff: PositiveInt
+    d_ff: NonNegativeInt = 0  # without effect where no layer has an MLP
     mixer: MixerName | list[MixerName] = "sisa"  # one, or one per layer
     d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
@@ -47,11 +62,17 @@ class ModelConfig(Section):
     # Tokens of a training sequence: with it scores are scaled by s · log n (SSMax, Nakanishi 2025), n the number of
     # tokens a query sees, s learned per head, at first 1 / mean log n over the sequence
     ssmax: int | None = Field(default=None, ge=2)
+    mamba: MambaConfig | None = None  # None: its defaults
+    mamba3: Mamba3Config | None = None  # None: its defaults
     fox: FoxConfig | None = None  # of the mixer fox; None: its defaults
+    falcon_h1: FalconH1Config | None = None  # None: its defaults
+    hymba: HymbaConfig | None = None  # None: its defaults
+    multipliers: MultipliersConfig | None = None  # None: all 1
 
     @property
     def padded_vocab_size(self) -> int:
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+        """Rows of the embedding: behind the vocabulary lie the meta tokens', then padding."""
+        return -(-(self.vocab_size + self.meta_tokens) // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def kv_heads(self) -> int:
@@ -85,7 +106,12 @@ class ModelConfig(Section):
     @property
     def ssm_heads(self) -> int:
         """Of every layer with a state-space model; 0 where there is none."""
-        return self.ssm_width // self.state_space.head_dim
+        return self.ssm_width // self.ssm_head_dim
+
+    @property
+    def ssm_head_dim(self) -> int:
+        """Channels of a head of the state-space model: 1 where no layer's mixer has such heads."""
+        return self.state_space.head_dim if _any_in(self, WITH_SSM_HEADS) else 1
 
     @property
     def ssm_width(self) -> int:
@@ -95,6 +121,11 @@ class ModelConfig(Section):
         return self.state_space.width or round(self.state_space.expand * self.d_model)
 
     @property
+    def ssm_groups(self) -> int:
+        """Of heads that share B and C; 0 where no layer has a state-space model."""
+        return self.state_space.n_groups if uses(self, "ssm") else 0
+
+    @property
     def state_space(self) -> SSMConfig:
         return self.ssm or SSMConfig()
 
@@ -102,6 +133,52 @@ class ModelConfig(Section):
     def score_terms(self) -> SisaConfig:
         """What sisa's importance term is made of."""
         return self.sisa or SisaConfig()
+
+    @property
+    def dealt(self) -> dict[str, int]:
+        """What tensor parallelism deals out, and what this model has of it."""
+        heads = any(mixer not in WITHOUT_HEADS for mixer in self.layer_mixers)
+        found = {"n_heads": self.n_heads, "kv_heads": self.kv_heads} if heads else {}
+        found |= {"d_ff": self.d_ff} if any(mlp != "none" for mlp in self.layer_mlps) else {}
+        found |= {"padded_vocab_size": self.padded_vocab_size}
+        found |= {"meta_tokens": self.meta_tokens} if self.meta_tokens else {}
+        return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
+
+    @property
+    def mamba_options(self) -> MambaConfig:
+        return self.mamba or MambaConfig()
+
+    @property
+    def dt_rank(self) -> int:
+        """Of the first Mamba's time steps."""
+        return self.mamba_options.dt_rank or -(-self.d_model // 16)
+
+    @property
+    def falcon_h1_options(self) -> FalconH1Config:
+        return self.falcon_h1 or FalconH1Config()
+
+    @property
+    def hymba_options(self) -> HymbaConfig:
+        return self.hymba or HymbaConfig()
+
+    @property
+    def meta_tokens(self) -> int:
+        """Learned tokens in front of every document; 0 where no layer's mixer is hymba."""
+        return self.hymba_options.meta_tokens if uses(self, "hymba") else 0
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a query of a hymba layer sees; None: all before it."""
+        said = self.hymba_options.global_layers
+        everywhere = [0, self.n_layers // 2, self.n_layers - 1] if said is None else said
+        return None if layer in everywhere else self.hymba_options.window
+
+    @property
+    def multiplier_options(self) -> MultipliersConfig:
+        return self.multipliers or MultipliersConfig()
+
+    @property
+    def mamba3_options(self) -> Mamba3Config:
+        return self.mamba3 or Mamba3Config()
 
     @property
     def layer_d_s(self) -> list[int]:
@@ -140,11 +217,40 @@ class ModelConfig(Section):
         for key in SECTIONS:
             if getattr(self, key) is not None and not uses(self, key):
                 raise ValueError(f"{key} is set but no layer's mixer reads it: remove {key}")
-        if self.ssm_width % self.state_space.head_dim:
+        if not self.d_ff and any(mlp != "none" for mlp in self.layer_mlps):
+            raise ValueError(f"d_ff is missing and layers have an MLP: set d_ff, for example {4 * self.d_model}")
+        if self.ssm_width % self.ssm_head_dim:
             raise ValueError(
                 f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "
                 "ssm.width or ssm.head_dim so that they are"
             )
+        if self.ssm_groups and self.ssm_heads % self.ssm_groups:
+            good = [n for n in range(1, self.ssm_heads + 1) if self.ssm_heads % n == 0]
+            raise ValueError(
+                f"ssm.n_groups {self.ssm_groups} does not divide {self.ssm_heads} heads: set one of {good}"
+            )
+        by = self.multiplier_options
+        if (by.mlp_gate, by.mlp_down) != (1.0, 1.0) and "swiglu" not in self.layer_mlps:
+            raise ValueError("multipliers.mlp_gate and mlp_down are of swiglu, and no layer has one: remove them")
+        if "hymba" in self.layer_mixers and self.ssm_width % self.n_heads:
+            raise ValueError(
+                f"hymba: {self.ssm_width} channels of ssm are no multiple of n_heads {self.n_heads}, whose values they "
+                "are: set ssm.width or ssm.expand so that they are"
+            )
+        beyond = [layer for layer in self.hymba_options.global_layers or [] if layer >= self.n_layers]
+        if beyond:
+            raise ValueError(f"hymba.global_layers has layer {beyond[0]}, n_layers is {self.n_layers}: remove it")
+        for mixer in WITH_CONV:
+            if mixer in self.layer_mixers and not self.state_space.conv:
+                raise ValueError(f"ssm.conv is 0 and {mixer} has a convolution: set its taps, for example 4")
+        if self.state_space.conv != SSMConfig().conv and not _any_in(self, WITH_CONV):
+            raise ValueError(f"ssm.conv {self.state_space.conv} is set and mamba3 has no convolution: remove it")
+        for key in ("head_dim", "n_groups"):
+            if getattr(self.state_space, key) != getattr(SSMConfig(), key) and not _any_in(self, WITH_SSM_HEADS):
+                raise ValueError(f"ssm.{key} is set and mamba has neither heads nor groups: remove it")
+        if "mamba3" in self.layer_mixers and self.state_space.d_state % 4:
+            even = -(-self.state_space.d_state // 4) * 4
+            raise ValueError(f"mamba3 turns half of ssm.d_state {self.state_space.d_state} in pairs: set {even}")
         for key in ("d_s", "log_alpha_min"):
             if getattr(self, key) is not None and not uses(self, key):
                 raise ValueError(f"{key} is set but no layer's mixer is sisa: remove {key}")
@@ -161,6 +267,10 @@ class ModelConfig(Section):
         if self.log_alpha_min is not None and not self.log_alpha_min < 0:
             raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
         return self
+
+
+def _any_in(model: ModelConfig, mixers: tuple[str, ...]) -> bool:
+    return any(mixer in mixers for mixer in model.layer_mixers)
 
 
 def uses(model: ModelConfig, key: str) -> bool:

@@ -112,7 +112,7 @@ def model_of(values: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:
     """Raises UserError naming the first key of `model` that is not as a model of `family` must be."""
-    for key, value in wanted.items():
+    for key, value in ({"multipliers": None} | wanted).items():
         if getattr(model, key) != value:
             raise UserError(
                 f"model.{key} is {getattr(model, key)!r} and a {family} model has {value!r}: no such export"

@@ -24,6 +24,9 @@ ARCHITECTURES = {  # by the model_type of config.json, in the order in which an 
     "qwen2": "sisa_dist.convert.llama",
     "qwen3": "sisa_dist.convert.llama",
     "gpt_neox": "sisa_dist.convert.neox",
+    "mamba2": "sisa_dist.convert.mamba2",
+    "jamba": "sisa_dist.convert.jamba",
+    "falcon_h1": "sisa_dist.convert.falcon_h1",
     "sisa": "sisa_dist.convert.hf_sisa",
 }
 

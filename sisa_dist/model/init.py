@@ -40,12 +40,53 @@ class Normal:
     std: float
 
     def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
-        out = np.empty(stop - start, dtype=np.float32)
-        for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-            values = _generator(key, block).standard_normal(_BLOCK, dtype=np.float32)
-            low, high = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
-            out[low - start : high - start] = values[low - block * _BLOCK : high - block * _BLOCK]
-        return out * np.float32(self.std)
+        values = _drawn(key, start, stop, lambda generator: generator.standard_normal(_BLOCK, dtype=np.float32))
+        return values * np.float32(self.std)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Uniform in [−bound, bound)."""
+
+    bound: float
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
+        values = _drawn(key, start, stop, lambda generator: generator.random(_BLOCK, dtype=np.float32))
+        return (values * 2 - 1) * np.float32(self.bound)
+
+
+@dataclass(frozen=True)
+class InverseSoftplus:
+    """softplus⁻¹ of a value log-uniform in [low, high): the bias of a time step (Gu & Dao 2023)."""
+
+    low: float
+    high: float
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
+        uniform = _drawn(key, start, stop, lambda generator: generator.random(_BLOCK, dtype=np.float32))
+        value = np.exp(np.log(self.low) + uniform.astype(np.float64) * np.log(self.high / self.low))
+        return (value + np.log(-np.expm1(-value))).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LogIndex:
+    """log(1), log(2), …: by the place in the whole tensor, anew every `period`."""
+
+    period: int | None = None
+
+    def draw(self, key: bytes, start: int, stop: int) -> np.ndarray:
+        place = np.arange(start, stop, dtype=np.float64)
+        return np.log(1 + (place if self.period is None else place % self.period)).astype(np.float32)
+
+
+def _drawn(key: bytes, start: int, stop: int, block_of: Callable[[np.random.Generator], np.ndarray]) -> np.ndarray:
+    """Positions start..stop of an endless tensor whose blocks `block_of` draws, each from its own generator."""
+    out = np.empty(stop - start, dtype=np.float32)
+    for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+        values = block_of(_generator(key, block))
+        low, high = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
+        out[low - start : high - start] = values[low - block * _BLOCK : high - block * _BLOCK]
+    return out
 
 
 def init_parameters(

@@ -8,9 +8,12 @@ from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.block import Block
 from sisa_dist.model.head import Head
 from sisa_dist.model.init import init_parameters
+from sisa_dist.model.loss import IGNORE
+from sisa_dist.model.meta import at_tokens, refuse_new_documents, spread_labels, with_meta_tokens
 from sisa_dist.model.mixers import Cache
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import rope_tables
+from sisa_dist.model.scale import scaled
 
 
 class LM(nn.Module):
@@ -44,9 +47,17 @@ class LM(nn.Module):
         Documents do not see each other, and positions count from the first token of each. With a cache the ids go on
         from those of the tokens it holds, and are given at every call or at none.
         """
-        config = self.config
+        config, by = self.config, self.config.multiplier_options
         start = cache[0].length if cache else 0
-        h_BTD = self.embed(tokens_BT)
+        if config.meta_tokens and cache and start:
+            refuse_new_documents(cache[0].documents(doc_ids_BT), start)
+        if config.meta_tokens and not start:
+            prefixed = with_meta_tokens(tokens_BT, doc_ids_BT, count=config.meta_tokens, first_id=config.vocab_size)
+            tokens_BT, doc_ids_BT = prefixed.tokens, prefixed.doc_ids
+            labels_BT = labels_BT if labels_BT is None else spread_labels(labels_BT, prefixed, ignore=IGNORE)
+        else:
+            prefixed = None
+        h_BTD = scaled(self.embed(tokens_BT), by.embedding)
         rope = rope_tables(
             start,
             tokens_BT.shape[1],
@@ -60,7 +71,12 @@ class LM(nn.Module):
         if last_only:
             h_BTD = h_BTD[:, -1:]
         weight_VD = self.embed.weight if config.tie_embeddings else None
-        return self.head(self.norm(h_BTD), weight_VD, labels_BT, per_token=per_token)
+        found = self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)
+        if prefixed is None or last_only or (labels_BT is not None and not per_token):
+            return found
+        if isinstance(found, Tensor):
+            return at_tokens(found, prefixed)
+        return at_tokens(found[0], prefixed), at_tokens(found[1], prefixed)
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """What the metrics log of each layer, of this rank's heads and tokens; empty where there is nothing."""

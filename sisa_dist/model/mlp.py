@@ -6,19 +6,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_dist.config import ModelConfig
+from sisa_dist.model.scale import scaled
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) · up(x)). Gate and up are separate matrices: a fused one is cut wrongly under tp."""
+    """down(silu(gate(x)) · up(x)). Gate and up are separate matrices: a fused one is cut wrongly under tp.
 
-    def __init__(self, d_model: int, d_ff: int, *, bias: bool) -> None:
+    `multipliers`: constants on what gate gives and on what down gives.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, *, bias: bool, multipliers: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
+        self.multipliers = multipliers
         self.gate = nn.Linear(d_model, d_ff, bias=bias)
         self.up = nn.Linear(d_model, d_ff, bias=bias)
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        by_gate, by_down = self.multipliers
+        return scaled(self.down(F.silu(scaled(self.gate(x_BTD), by_gate)) * self.up(x_BTD)), by_down)
 
 
 class GELU(nn.Module):
@@ -40,4 +46,7 @@ MLP_MATRICES = {"swiglu": 3, "gelu": 2, "none": 0}  # of d_model × d_ff
 def feed_forward(config: ModelConfig, layer: int) -> SwiGLU | GELU | None:
     """The MLP of a block, of the kind the config names for the layer; None where it has none."""
     kind = config.layer_mlps[layer]
+    by = config.multiplier_options
+    if kind == "swiglu":
+        return SwiGLU(config.d_model, config.d_ff, bias=config.mlp_bias, multipliers=(by.mlp_gate, by.mlp_down))
     return None if kind == "none" else MLPS[kind](config.d_model, config.d_ff, bias=config.mlp_bias)

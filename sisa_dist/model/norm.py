@@ -14,19 +14,25 @@ from sisa_dist.model.precision import at_least_fp32
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x²) + eps) · gain over the last dim; returns x's dtype. Zhang & Sennrich 2019."""
+    """y = x / sqrt(mean(x²) + eps) · gain over the last dim; returns x's dtype. Zhang & Sennrich 2019.
+
+    The mean is taken within each of `groups` equal parts of the channels.
+    """
 
     init_rules: ClassVar[dict[str, Init]] = {"weight": Constant(1.0)}
     fp32_in_forward = True  # read by the engines: bf16 must not reach these parameters
 
-    def __init__(self, width: int, *, eps: float) -> None:
+    def __init__(self, width: int, *, eps: float, groups: int = 1) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         # A bf16 gain of 1.0011 is 1.0: the gain stays fp32 and the product is rounded once, at the end.
         weight = self.weight
+        if self.groups > 1:
+            x_grouped = at_least_fp32(x).unflatten(-1, (self.groups, -1))
+            return (F.rms_norm(x_grouped, x_grouped.shape[-1:], None, self.eps).flatten(-2) * weight).to(x.dtype)
         return F.rms_norm(at_least_fp32(x), weight.shape, weight, self.eps).to(x.dtype)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sisa_dist.config import UserError
 from sisa_dist.ops.attention import causal_attention
-from sisa_dist.ops.documents import tokens_seen
+from sisa_dist.ops.documents import held_and_coming, tokens_seen
 from sisa_dist.ops.forgetting import forgetting_attention
 from sisa_dist.ops.masks import causal_mask, document_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
@@ -69,15 +69,8 @@ class _Cache:
         return self._k.length
 
     def documents(self, doc_ids_Bt: Tensor | None) -> Tensor | None:
-        """doc_ids `[B, length + t]` of the tokens held and of a chunk of t that is to come; None without documents.
-
-        Raises UserError where the one have doc_ids and the other none.
-        """
-        if self.length and (self._doc_ids_BT is None) != (doc_ids_Bt is None):
-            raise UserError("cache: doc_ids go with every chunk or with none: start a new cache")
-        if self._doc_ids_BT is None or doc_ids_Bt is None:
-            return doc_ids_Bt
-        return torch.cat((self._doc_ids_BT, doc_ids_Bt), dim=1)
+        """As `held_and_coming` has it."""
+        return held_and_coming(self._doc_ids_BT, doc_ids_Bt, length=self.length)
 
 
 class AttentionCache(_Cache):

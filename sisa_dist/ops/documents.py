@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sisa_dist.config import UserError
 from sisa_dist.ops.spans import Level
 
 
@@ -74,6 +75,18 @@ class Segments(NamedTuple):
         starts[:, 1:] = torch.where(edge, place[:, 1:], 0)
         ends[:, :-1] = torch.where(edge, place[:, :-1], T - 1)
         return Segments(starts.cummax(1).values, ends.flip(1).cummin(1).values.flip(1))
+
+
+def held_and_coming(held_ids_BT: Tensor | None, doc_ids_Bt: Tensor | None, *, length: int) -> Tensor | None:
+    """doc_ids `[B, length + t]` of the tokens a cache holds and of a chunk of t to come; None without documents.
+
+    Raises UserError where the one have doc_ids and the other none.
+    """
+    if length and (held_ids_BT is None) != (doc_ids_Bt is None):
+        raise UserError("cache: doc_ids go with every chunk or with none: start a new cache")
+    if held_ids_BT is None or doc_ids_Bt is None:
+        return doc_ids_Bt
+    return torch.cat((held_ids_BT, doc_ids_Bt), dim=1)
 
 
 def tokens_seen(doc_ids_BT: Tensor | None, num_tokens: int, *, start: int = 0, device: torch.device) -> Tensor:

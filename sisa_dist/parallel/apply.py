@@ -29,7 +29,7 @@ from sisa_dist.parallel.layers import (
 )
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.parallel.overlap import enter_overlapped
-from sisa_dist.parallel.plan import PLAN, REGIONS, Split, check_tp, split_of
+from sisa_dist.parallel.plan import PLAN, REGIONS, SHARED_BY_HEADS, Split, check_tp, split_of
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,17 @@ def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: 
 
 
 def _held_whole(model: LM, split: Split, tp_size: int) -> bool:
-    return split.over == "kv_heads" and model.config.kv_heads % tp_size != 0
+    return split.over in SHARED_BY_HEADS and getattr(model.config, split.over) % tp_size != 0
 
 
 def _own_rows(model: LM, name: str, split: Split, mesh: Mesh) -> tuple[int, int] | None:
-    """Of a parameter of kv heads that is held whole, the rows of the one head that this rank's queries read."""
+    """Of a parameter of kv heads or groups that is held whole, the rows of the one that this rank's heads read."""
     if not _held_whole(model, split, mesh.tp_size):
         return None
-    n_kv_heads = model.config.kv_heads
-    width = model.get_parameter(name).shape[0] // n_kv_heads
-    head = mesh.tp_rank * n_kv_heads // mesh.tp_size
-    return head * width, (head + 1) * width
+    shared = getattr(model.config, split.over)
+    width = model.get_parameter(name).shape[0] // shared
+    mine = mesh.tp_rank * shared // mesh.tp_size
+    return mine * width, (mine + 1) * width
 
 
 def _cut_embedding(module: nn.Embedding, mesh: Mesh, border: Border) -> None:

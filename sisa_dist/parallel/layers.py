@@ -70,19 +70,27 @@ def _sum_inside(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _RMSNormOverRanks(RMSNorm):
-    """An RMSNorm whose channels are dealt out: only one number a token, the sum of squares, comes from the others."""
+    """An RMSNorm whose groups of channels are wider than a rank's slice: only sums of squares, one number a token and
+    group, come from the others."""
 
     group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
         weight, x_wide = self.weight, at_least_fp32(x)
-        squares = _sum_inside(x_wide.square().sum(-1, keepdim=True), self.group)
-        width = weight.shape[0] * self.group.size()
+        ranks, mine = self.group.size(), self.group.rank() * self.groups // self.group.size()
+        squares = x_wide.square().sum(-1, keepdim=True)
+        # Each rank adds to its own group's place, so that one sum over all ranks serves every group.
+        squares = _sum_inside(F.pad(squares, (mine, self.groups - 1 - mine)), self.group)[..., mine : mine + 1]
+        width = weight.shape[0] * ranks // self.groups
         return (x_wide * torch.rsqrt(squares / width + self.eps) * weight).to(x.dtype)
 
 
 def norm_over_ranks(module: RMSNorm, group: dist.ProcessGroup) -> None:
     """The module's channels are those of all ranks of `group` together."""
+    if module.groups % group.size() == 0:
+        module.groups //= group.size()  # whole groups on each rank
+        return
+    assert group.size() % module.groups == 0, "a slice of an RMSNorm lies in one of its groups"
     module.__class__ = _RMSNormOverRanks
     assert isinstance(module, _RMSNormOverRanks)
     module.group = group

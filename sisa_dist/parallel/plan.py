@@ -14,8 +14,9 @@
 
 The gain of an RMSNorm over all heads together is `column`: the mean of squares is then taken over all ranks' channels.
 
-`over` is what is dealt out, a property of ModelConfig; tp must divide it. Only for kv heads may tp be the larger: what
-belongs to them is then held whole, each rank uses the rows of its own kv head, and gradients are partial.
+`over` is what is dealt out, a property of ModelConfig; tp must divide it. Only for what several heads share, kv heads
+and an SSM's groups of B and C, may tp be the larger: what belongs to them is then held whole, each rank uses the rows
+of its own kv head or group, and gradients are partial.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ PLAN: dict[str, Split] = {
     "norm.bias": Split("replicated"),
     "blocks.*.norm?.weight": Split("replicated"),
     "blocks.*.norm?.bias": Split("replicated"),
-    # attention, and what sisa has in common with it
-    "blocks.*.mixer.wq.weight": Split("column", "n_heads"),
-    "blocks.*.mixer.wq.bias": Split("column", "n_heads"),
-    "blocks.*.mixer.wk.weight": Split("column", "kv_heads"),
-    "blocks.*.mixer.wk.bias": Split("column", "kv_heads"),
-    "blocks.*.mixer.wv.weight": Split("column", "kv_heads"),
-    "blocks.*.mixer.wv.bias": Split("column", "kv_heads"),
-    "blocks.*.mixer.wo.weight": Split("row", "n_heads"),
-    "blocks.*.mixer.wo.bias": Split("added"),
-    "blocks.*.mixer.?_norm.weight": Split("shared"),
+    # attention, alone or inside another mixer, and what sisa has in common with it
+    "blocks.*.mixer*.wq.weight": Split("column", "n_heads"),
+    "blocks.*.mixer*.wq.bias": Split("column", "n_heads"),
+    "blocks.*.mixer*.wk.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer*.wk.bias": Split("column", "kv_heads"),
+    "blocks.*.mixer*.wv.weight": Split("column", "kv_heads"),
+    "blocks.*.mixer*.wv.bias": Split("column", "kv_heads"),
+    "blocks.*.mixer*.wo.weight": Split("row", "n_heads"),
+    "blocks.*.mixer*.wo.bias": Split("added"),
+    "blocks.*.mixer*.?_norm.weight": Split("shared"),
     "blocks.*.mixer.ssmax.scale": Split("column", "n_heads"),
     # sisa: C and λ belong to the query head; B, θ and α to the kv head
     "blocks.*.mixer.wc.weight": Split("column", "n_heads"),
@@ -66,6 +67,29 @@ PLAN: dict[str, Split] = {
     "blocks.*.mixer.output_gate.weight": Split("column", "n_heads"),
     "blocks.*.mixer.?_shift.weight": Split("column", "kv_heads"),
     "blocks.*.mixer.output_norm.weight": Split("column", "n_heads"),
+    # mamba, mamba2 and mamba3, alone or inside another mixer; heads here are those of the state-space model, and
+    # mamba's channels
+    "blocks.*.mixer*.wz.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wx.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wB.weight": Split("column", "ssm_groups"),
+    "blocks.*.mixer*.wC.weight": Split("column", "ssm_groups"),
+    "blocks.*.mixer*.wdt.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wout.weight": Split("row", "ssm_heads"),
+    "blocks.*.mixer.attention_norm.weight": Split("column", "n_heads"),
+    "blocks.*.mixer.ssm_norm.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wselect.weight": Split("inner", "ssm_heads"),
+    "blocks.*.mixer*.dt_norm.weight": Split("shared"),
+    "blocks.*.mixer*.conv_x.*": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.conv_B.*": Split("column", "ssm_groups"),
+    "blocks.*.mixer*.conv_C.*": Split("column", "ssm_groups"),
+    "blocks.*.mixer*.rates.*": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.skip.D": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.gated_norm.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wA.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wtrap.weight": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.wangle.weight": Split("shared"),
+    "blocks.*.mixer*.[BC]_bias.bias": Split("column", "ssm_heads"),
+    "blocks.*.mixer*.mimo.*": Split("column", "ssm_heads"),
     # feed-forward
     "blocks.*.mlp.gate.weight": Split("column", "d_ff"),
     "blocks.*.mlp.gate.bias": Split("column", "d_ff"),
@@ -74,6 +98,8 @@ PLAN: dict[str, Split] = {
     "blocks.*.mlp.down.weight": Split("row", "d_ff"),
     "blocks.*.mlp.down.bias": Split("added"),
 }
+
+SHARED_BY_HEADS = ("kv_heads", "ssm_groups")
 
 # Modules whose input enters the tp region once, for all the column layers inside; their row layer leaves it.
 REGIONS = ("blocks.*.mixer", "blocks.*.mlp", "head")
@@ -91,24 +117,34 @@ def check_tp(model: ModelConfig, tp: int) -> None:
     """Raises UserError, naming the values that would work, where tp does not divide what the plan deals out."""
     misfit = _misfit(model, tp)
     if misfit is not None:
-        size = getattr(model, misfit)
-        name = {"kv_heads": "n_kv_heads", "padded_vocab_size": "the padded vocabulary"}.get(misfit, misfit)
-        good = [n for n in range(1, model.n_heads + 1) if _misfit(model, n) is None]
+        size = model.dealt[misfit]
+        name = _SETTINGS.get(misfit, misfit)
+        good = [n for n in range(1, max(model.n_heads, model.ssm_heads) + 1) if _misfit(model, n) is None]
         remedy = f"set parallel.tp to one of {good}" if good != [1] else "set parallel.tp to 1"
         if misfit == "padded_vocab_size":
             remedy += f", or model.vocab_multiple to a multiple of {tp}, such as 128"
-        elif misfit == "kv_heads":
-            remedy += ", or model.n_kv_heads to a divisor or a multiple of it"
+        elif misfit in SHARED_BY_HEADS:
+            remedy += f", or model.{name} to a divisor or a multiple of it"
+        elif misfit == "ssm_heads":
+            remedy += f", or model.ssm.head_dim so that there are a multiple of {tp}"
         elif misfit == "d_ff":
             remedy += f", or model.d_ff to {size // tp * tp} or {(size // tp + 1) * tp}"
         else:
-            remedy += f", or model.{misfit} to a multiple of {tp}"
+            remedy += f", or model.{name} to a multiple of {tp}"
         raise UserError(f"parallel.tp {tp} does not divide {name} {size}: {remedy}")
 
 
+_SETTINGS = {
+    "kv_heads": "n_kv_heads",
+    "padded_vocab_size": "the padded vocabulary",
+    "ssm_heads": "the heads of ssm,",
+    "ssm_groups": "ssm.n_groups",
+    "meta_tokens": "hymba.meta_tokens",  # under sequence parallelism each rank holds as much of the longer rows
+}
+
+
 def _misfit(model: ModelConfig, tp: int) -> str | None:
-    for over in ("n_heads", "kv_heads", "d_ff", "padded_vocab_size", "ssm_heads"):
-        size = getattr(model, over)  # 0 where the model has none
-        if size % tp and not (over == "kv_heads" and tp % size == 0):
+    for over, size in model.dealt.items():
+        if size % tp and not (over in SHARED_BY_HEADS and tp % size == 0):
             return over
     return None

@@ -18,6 +18,7 @@ import data_pipeline
 import sisa_dist
 from data_pipeline.tokenizer import find_tokenizer
 from sisa_dist.config import EngineConfig, ParallelConfig, RunConfig, dump_config
+from sisa_dist.config.mixers import WITHOUT_HEADS
 from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
 from sisa_dist.ops.forgetting import bias_channels
@@ -119,9 +120,9 @@ def _backend_table(config: RunConfig, mesh: Mesh) -> Table:
     group = (model.n_heads // tp) // max(model.kv_heads // tp, 1)
     kinds: dict[tuple[str, int], list[str]] = {}
     for layer, kind in enumerate(zip(model.layer_mixers, model.layer_d_s, strict=True)):
-        if kind[0] == "sigmoid_sisa":  # no softmax, so none of its kernels
-            continue
-        kinds.setdefault(kind, []).append(str(layer))
+        # sigmoid_sisa has no softmax, so none of its kernels
+        if kind[0] not in WITHOUT_HEADS and kind[0] != "sigmoid_sisa":
+            kinds.setdefault(kind, []).append(str(layer))
     for (mixer, d_s), layers in kinds.items():
         d_qk = model.width_per_head + d_s + (config.data.document_mask if mixer == "sisa" else 0)
         if mixer == "fox":

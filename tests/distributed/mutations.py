@@ -151,6 +151,16 @@ def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
     """Nothing is done, so the module adds its bias to its own part of the sum."""
 
 
+def _left_alone(module: Any, group: Any) -> None:
+    """Nothing is done, so the module goes on with what is here alone."""
+
+
+def _first_rows(model: Any, name: str, split: Any, mesh: Any) -> tuple[int, int] | None:
+    if not apply._held_whole(model, split, mesh.tp_size):
+        return None
+    return 0, model.get_parameter(name).shape[0] // getattr(model.config, split.over)
+
+
 MUTATIONS: dict[str, Any] = {
     "tp_dim dropped from a column": _in_the_norm("*.wq.weight", None),
     "tp_dim dropped from a row": _in_the_norm("*.down.weight", None),
@@ -181,5 +191,13 @@ MUTATIONS: dict[str, Any] = {
     "a row layer's bias not summed under sp": _marked_full("*.wo.bias"),
     "a norm's bias not summed under sp": _marked_full("*.norm?.bias"),
     "partial marked full: a kv bias held whole": _marked_full("*.wk.bias"),
+    "partial marked full: a group of B held whole": _marked_full("*.wB.weight"),
+    "partial marked full: a convolution held whole": _marked_full("*.conv_C.bias"),
+    "partial marked full: angles of all heads": _marked_full("*.wangle.weight"),
+    "partial marked full: a gain of all heads": _marked_full("*.B_norm.weight"),
+    "a norm over this rank's channels alone": mock.patch.object(apply, "norm_over_ranks", _left_alone),
+    "a sum inside a region left out": mock.patch.object(apply, "sum_after", _left_alone),
+    "partial marked full: a gain of Mamba's time steps": _marked_full("*.dt_norm.weight"),
+    "a group's rows from the first group": mock.patch.object(apply, "_own_rows", _first_rows),
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

@@ -77,6 +77,8 @@ KV_WHOLE = Case("tp2", "sisa", 1, "uniform", "fp32", qk_norm=True)
 SLICED = Case("tp2", "sisa", 4, "heterogeneous", "fp32")
 SP = Case("tp2_sp", "sisa", 4, "heterogeneous", "fp32")
 NEOX, NEOX_SP, BIASED = STYLED[0], STYLED[1], STYLED[5]
+JAMBA, MAMBA2, MAMBA3 = (Case("tp2", name, 4, "uniform", "fp32") for name in ("jamba", "mamba2", "mamba3"))
+GROUPS = Case("tp4", "mamba2_groups", 4, "uniform", "fp32")
 MISTAKES: dict[str, tuple[Case, str]] = {
     "tp_dim dropped from a column": (SLICED, "norm 0"),
     "tp_dim dropped from a row": (SLICED, "norm 0"),
@@ -103,6 +105,14 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "λ from the wrong rank": (SLICED, "score"),
     "loss not averaged": (Case("dp2", "sisa", 4, "uniform", "fp32"), "norm 0"),
     "embedding without its mask": (SLICED, "score"),
+    "partial marked full: a group of B held whole": (MAMBA2, "gradient blocks.0.mixer.wB.weight"),
+    "partial marked full: a convolution held whole": (MAMBA2, "gradient blocks.0.mixer.conv_C.bias"),
+    "partial marked full: angles of all heads": (MAMBA3, "gradient blocks.0.mixer.wangle.weight"),
+    "partial marked full: a gain of all heads": (MAMBA3, "gradient blocks.0.mixer.B_norm.weight"),
+    "a norm over this rank's channels alone": (MAMBA2, "score"),
+    "a sum inside a region left out": (JAMBA, "score"),
+    "partial marked full: a gain of Mamba's time steps": (JAMBA, "gradient blocks.0.mixer.dt_norm.weight"),
+    "a group's rows from the first group": (GROUPS, "score"),
     "a row layer's bias added on every rank": (NEOX, "score"),
     "a row layer's bias not summed under sp": (NEOX_SP, "gradient blocks.0.mixer.wo.bias"),
     "a norm's bias not summed under sp": (NEOX_SP, "gradient blocks.0.norm1.bias"),

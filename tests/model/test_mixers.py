@@ -5,22 +5,31 @@ That packed documents stay apart is tests/model/test_document_isolation.py's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixer_cases import BASE, CASES, Strength, config_of, every_mixer, every_mixer_and_decay, mixer_of, model_of
+from mixer_cases import (
+    BASE,
+    CASES,
+    Strength,
+    config_of,
+    every_mixer,
+    every_mixer_and_decay,
+    logits_and_embedding,
+    mixers_of,
+    model_of,
+)
 from sisa_dist.config import AttentionConfig
 from sisa_dist.model import LM, build_model
 from sisa_dist.model.mixers import MIXERS
+from sisa_dist.model.mixers.hymba import keys_per_query
 from sisa_dist.model.rope import rope_tables
 
 
 def test_every_mixer_has_its_case() -> None:
-    assert {mixer_of(name) for name in CASES} == MIXERS.keys()
+    assert {mixer for name in CASES for mixer in mixers_of(name)} == MIXERS.keys()
 
 
 def tokens_of(*shape: int, seed: int = 0) -> Tensor:
@@ -30,16 +39,8 @@ def tokens_of(*shape: int, seed: int = 0) -> Tensor:
 @every_mixer_and_decay
 def test_no_token_reaches_an_earlier_one(name: str, strength: Strength) -> None:
     model, tokens, t = model_of(name, strength), tokens_of(2, 37), 22
-    seen: list[Tensor] = []
-
-    def keep(module: Any, arguments: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[0]
-
-    handle = model.embed.register_forward_hook(keep)
-    logits = model(tokens)
-    handle.remove()
-    (gradient,) = torch.autograd.grad(logits[:, : t + 1].square().sum(), seen)
+    logits, embedded = logits_and_embedding(model, tokens)
+    (gradient,) = torch.autograd.grad(logits[:, : t + 1].square().sum(), embedded)
     assert gradient[:, : t + 1].abs().amax(-1).gt(0).all()
     assert not gradient[:, t + 1 :].any()
     other = tokens.clone()
@@ -59,7 +60,7 @@ def test_decoding_in_any_chunks_is_the_full_run(
         for chunks in ([1] * 37, [11, 1, 17, 2, 6], [37]):
             cache = model.new_cache()
             parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
-            assert all(layer.length == 37 for layer in cache)
+            assert all(layer.length == 37 + model.config.meta_tokens for layer in cache)
             assert (torch.cat(parts, 1) - full).abs().max() < tolerance * full.abs().max()
 
 
@@ -102,20 +103,41 @@ def test_a_block_compiles_without_a_graph_break(name: str) -> None:
 
 @every_mixer
 def test_multiply_adds_are_what_torch_counts(name: str) -> None:
-    if mixer_of(name) == "attention":
-        pytest.skip("torch counts none in CPU flash attention")
     config, T = config_of(name), 33
     model = build_model(config, attention=AttentionConfig(path="bisected"))  # of one call on CPU it counts none either
     x, rope = torch.randn(1, T, config.d_model), rope_tables(0, T, channels=8, theta=1e4, device=torch.device("cpu"))
+    # torch counts none in CPU flash attention: scores and values of (T + 1) / 2 keys a query.
+    uncounted = config.n_heads * 2 * config.width_per_head * (T + 1) / 2
     for layer, block in enumerate(model.blocks):
         with FlopCounterMode(display=False) as counter:
             block.mixer(x, rope)
         counted = MIXERS[config.layer_mixers[layer]].multiply_adds(config, layer, T)
+        if config.layer_mixers[layer] in ("attention", "falcon_h1"):
+            counted -= uncounted
+        if config.layer_mixers[layer] == "hymba":
+            keys = keys_per_query(T, config.window_of(layer), config.meta_tokens)
+            counted -= config.n_heads * (config.width_per_head + config.ssm_width // config.n_heads) * keys
         assert counter.get_total_flops() / (2 * T) == pytest.approx(counted, rel=1e-9)
 
 
 # Of one layer's mixer, over d_model 32, 4 heads of 8 channels.
 PARAMETERS = {
+    # z, x, output; dt, B, C; time steps; taps and bias of each channel; A_log, dt_bias, D
+    "mamba": 3 * 32 * 64 + 64 * (2 + 12) + 2 * 64 + 64 * 5 + 64 * 6 + 2 * 64,
+    "jamba": 3 * 32 * 64 + 64 * (3 + 12) + 3 * 64 + 64 * 5 + 64 * 6 + 2 * 64 + 3 + 12,
+    # z, x, output; B and C; dt; taps and bias of each channel; dt_bias, A_log, D; gain
+    "mamba2": 3 * 32 * 64 + 2 * 32 * 12 + 32 * 4 + (64 + 24) * 5 + 3 * 4 + 64,
+    # z, x, output; B and C; dt, A, trap; angles; two gains; two biases a head; dt_bias, D
+    "mamba3": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
+    "mamba3_mimo": 3 * 32 * 64 + 2 * 32 * 72 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 36 + 2 * 4 + 3 * 4 * 3 * 16,
+    "mamba3_rational": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
+    "mamba3_sisa": 3 * 32 * 64 + 2 * 32 * 12 + 3 * 32 * 4 + 32 * 3 + 2 * 12 + 2 * 4 * 12 + 2 * 4,
+    # attention of two kv heads; Mamba-2 without its norm
+    "falcon_h1": 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32 * 12 + 32 * 4 + (64 + 24) * 5 + 3 * 4,
+    "falcon_h1_scaled": 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32 * 24 + 32 * 4 + (64 + 48) * 5 + 3 * 4 + 64,
+    # q, k, v of two kv heads, 16 values a head; Mamba with norms; norms of both outputs
+    "hymba": 32 * 32 + 32 * 16 + 32 * 32 + 3 * 32 * 64 + 64 * (2 + 12) + 2 * 64 + 64 * 5 + 64 * 6 + 4 * 64 + 2 + 12,
+    "mamba2_groups": 3 * 32 * 64 + 2 * 32 * 24 + 32 * 4 + (64 + 48) * 4 + 3 * 4 + 64,
     "sisa": 4 * 32 * 32 + 2 * 32 * 4 * 8 + (32 * 4 + 4) + 32 * 4 * 4 + 4,
     "attention": 4 * 32 * 32,
     "sisa_ssmax": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4 + 4,

@@ -9,6 +9,7 @@ from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.ssmax import ssmax
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.rope import RopeTables, apply_rope
+from sisa_dist.model.scale import scaled
 from sisa_dist.ops import AttentionCache, causal_attention
 
 
@@ -28,12 +29,14 @@ class AttentionScore(nn.Module):
 
 
 class Attention(Mixer):
-    """y = softmax(q·k/√d_h) v per head, out = W_O y. Vaswani et al. 2017; RoPE on q and k."""
+    """y = softmax(q·k/√d_h) v per head, out = W_O y. Vaswani et al. 2017; RoPE on q and k, and k times a constant."""
 
-    def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, attention: AttentionConfig, *, key_multiplier: float = 1.0
+    ) -> None:
         super().__init__(config, layer, attention)
         d, d_h = config.d_model, config.width_per_head
-        self.head_dim = d_h
+        self.head_dim, self.key_multiplier = d_h, key_multiplier
         self.wq = nn.Linear(d, config.n_heads * d_h, bias=config.qkv_bias)
         self.wk = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
         self.wv = nn.Linear(d, config.kv_heads * d_h, bias=config.qkv_bias)
@@ -59,7 +62,7 @@ class Attention(Mixer):
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         if self.ssmax is not None:
             (q_BHTK,) = self.ssmax(q_BHTK, doc_ids=doc_ids, cache=cache)
-        y_BHTK = self.score(q_BHTK, k_BHTK, v_BHTK, doc_ids=doc_ids, cache=cache)
+        y_BHTK = self.score(q_BHTK, scaled(k_BHTK, self.key_multiplier), v_BHTK, doc_ids=doc_ids, cache=cache)
         return self.wo(merge_heads(y_BHTK))
 
 
