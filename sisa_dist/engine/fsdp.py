@@ -18,6 +18,7 @@ from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
+from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -26,7 +27,7 @@ from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh
-from sisa_dist.parallel.storage import as_global
+from sisa_dist.parallel.storage import as_global, buffers_as_global
 
 
 class FSDP2Engine:
@@ -52,6 +53,7 @@ class FSDP2Engine:
         init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
+        self.experts = ExpertWatch(self.model, mesh)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -88,6 +90,7 @@ class FSDP2Engine:
             group["lr"] = lr * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.experts.after_step(verdict.skip)
         enter("results")
         return read_result(loss_mean, grad_norm, count, verdict)
 
@@ -108,7 +111,7 @@ class FSDP2Engine:
             state[f"model.{name}"] = self._as_global(name, parameter)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}.{name}"] = self._as_global(name, self.optimizer.state[parameter][moment])
-        return state
+        return state | buffers_as_global(self.model, self.mesh)
 
     def unequal_replicas(self) -> dict[str, list[str]]:
         return unequal_replicas(dict(self.model.named_parameters()), self.slices, self.mesh)
@@ -123,6 +126,9 @@ class FSDP2Engine:
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         return layer_statistics(self.model, self.mesh)
+
+    def expert_load(self) -> ExpertLoad | None:
+        return self.experts.take()
 
     def _clip(self) -> Tensor:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]

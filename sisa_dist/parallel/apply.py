@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from sisa_dist.model import LM
+from sisa_dist.model.moe import Experts
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.parallel.layers import (
     Border,
+    ExpertSlice,
     VocabularyEmbedding,
     VocabularySlice,
     add_after,
@@ -29,7 +31,7 @@ from sisa_dist.parallel.layers import (
 )
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.parallel.overlap import enter_overlapped
-from sisa_dist.parallel.plan import PLAN, REGIONS, Split, check_tp, split_of
+from sisa_dist.parallel.plan import EXITS, PLAN, REGIONS, Split, check_tp, split_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
                 enter_overlapped(region, columns, border)
             else:
                 enter_before(region, border)
+        if any(fnmatchcase(name, pattern) for pattern in EXITS):
+            leave_after(region, border)
+        if isinstance(region, Experts):
+            count = config.experts // tp
+            region.share = ExpertSlice(mesh.tp_rank * count, count, config.experts, border.group)
     width = config.padded_vocab_size // tp
     model.head.vocabulary = VocabularySlice(config.vocab_size, mesh.tp_rank * width, border.group)
     return slices
@@ -127,7 +134,7 @@ def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: 
         return Slice(None, "partial" if sequence_parallel else "full", shape)
     if split.kind == "shared" or _held_whole(model, split, tp_size):
         return Slice(None, "partial" if tp_size > 1 else "full", shape)
-    return Slice(1 if split.kind in ("row", "inner") else 0, "full", shape)
+    return Slice(1 if split.kind in ("row", "inner", "part") else 0, "full", shape)
 
 
 def _held_whole(model: LM, split: Split, tp_size: int) -> bool:

@@ -7,7 +7,7 @@ computes with it. On plain slices a checkpoint would keep one tp rank's weights,
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -39,3 +39,11 @@ def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
         ),
         requires_grad=False,
     )
+
+
+def buffers_as_global(model: nn.Module, mesh: Mesh) -> dict[str, Tensor]:
+    """Under `model.` + full name, what a checkpoint holds of the model beside its parameters: alike on every rank."""
+    return {
+        f"model.{name}": as_global(buffer, Slice(None, "full", buffer.shape), mesh)
+        for name, buffer in model.named_buffers()
+    }

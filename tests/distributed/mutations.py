@@ -147,6 +147,18 @@ def _unmasked(module: layers.VocabularyEmbedding, tokens_BT: Tensor) -> Tensor:
     return module.border.leave(torch.nn.functional.embedding(row_BT, module.weight))
 
 
+def _experts_of_the_next(engine: Any) -> None:
+    """Each rank takes its experts for those of the next."""
+    for block in engine.model.blocks:
+        experts = block.mlp.experts
+        first = (experts.share.first + experts.share.count) % experts.share.total
+        experts.share = dataclasses.replace(experts.share, first=first)
+
+
+def _counted_by_every_rank(share: layers.ExpertSlice, x: Tensor) -> Tensor:
+    return collectives.copy(collectives.reduce(x, share.group), share.group)
+
+
 def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
     """Nothing is done, so the module adds its bias to its own part of the sum."""
 
@@ -181,5 +193,9 @@ MUTATIONS: dict[str, Any] = {
     "a row layer's bias not summed under sp": _marked_full("*.wo.bias"),
     "a norm's bias not summed under sp": _marked_full("*.norm?.bias"),
     "partial marked full: a kv bias held whole": _marked_full("*.wk.bias"),
+    "partial marked full: a router": _marked_full("*.router.weight"),
+    "experts of another rank": _experts_of_the_next,
+    "router's losses counted by every rank": mock.patch.object(layers.ExpertSlice, "sum", _counted_by_every_rank),
+    "tp_dim dropped from experts": _in_the_norm("*.experts.up", None),
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }
