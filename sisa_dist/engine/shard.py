@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from sisa_dist.config import EngineConfig
 from sisa_dist.model import LM
 from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.parallel.storage import fsdp_dim
 
 
 def shard(model: LM, mesh: Mesh, engine: EngineConfig) -> None:
@@ -21,7 +23,14 @@ def shard(model: LM, mesh: Mesh, engine: EngineConfig) -> None:
     def wrap(module: nn.Module | list[nn.Module], param_dtype: torch.dtype, *, reshard: bool | None) -> None:
         # Inputs are never cast: the embedding's output already has the compute dtype, and RoPE tables stay fp32.
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=device_mesh, mp_policy=policy, reshard_after_forward=reshard, offload_policy=offload)
+        fully_shard(
+            module,
+            mesh=device_mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            offload_policy=offload,
+            shard_placement_fn=lambda parameter: Shard(fsdp_dim(parameter.shape, mesh.size("dp_shard"))),
+        )
 
     groups: list[list[FSDPModule]] = []
     for block in model.blocks:

@@ -6,6 +6,8 @@ computes with it. On plain slices a checkpoint would keep one tp rank's weights,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -13,6 +15,15 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
+
+
+def fsdp_dim(shape: Sequence[int], ranks: int) -> int:
+    """The dimension in which FSDP cuts a tp slice of `shape` over `ranks` data ranks.
+
+    Experts [E, …] of which there are fewer than ranks, or which the ranks do not divide, are cut across: in whole
+    experts some ranks would hold several times what others do, or nothing.
+    """
+    return 1 if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:

@@ -25,20 +25,20 @@ def check_backend(wanted: str, device: torch.device) -> None:
 
 
 @functools.cache
-def choose(device: torch.device, dtype: torch.dtype, wanted: str) -> str:
+def choose(device: torch.device, dtype: torch.dtype, wanted: str, aligned: bool = True) -> str:
     """The name in BACKENDS that serves. `auto` takes what was installed on purpose, then PyTorch's, then the loop.
 
-    Raises UserError where the wanted one cannot serve; `torch` falls to the loop where PyTorch has no kernel, which is
+    `aligned`: the widths are multiples of 16 bytes. Raises UserError where the wanted one cannot serve; `torch` falls to the loop where PyTorch has no kernel, which is
     the same function and is said.
     """
     check_backend(wanted, device)
     if wanted == "megablocks":
-        if (reason := unfit("megablocks", device, dtype)) is not None:
+        if (reason := _reason("megablocks", device, dtype, aligned)) is not None:
             raise UserError(f"model.moe.backend megablocks cannot serve: {reason}; or set it to auto")
         return wanted
     refused = []
     for name in ("megablocks", "torch") if wanted == "auto" and device.type == "cuda" else ("torch",):
-        if (reason := unfit(name, device, dtype)) is None:
+        if (reason := _reason(name, device, dtype, aligned)) is None:
             break
         refused.append(f"; not {name}: {reason}")
     else:
@@ -46,6 +46,10 @@ def choose(device: torch.device, dtype: torch.dtype, wanted: str) -> str:
     kind = str(dtype).removeprefix("torch.")
     logger.info("products of experts in %s on %s: %s%s", kind, device.type, name, "".join(refused))
     return name
+
+
+def _reason(name: str, device: torch.device, dtype: torch.dtype, aligned: bool) -> str | None:
+    return unfit(name, device, dtype) if aligned else "d_model or an expert's d_ff is no multiple of 16 bytes"
 
 
 @functools.cache

@@ -22,7 +22,8 @@ def grouped_matmul(x_MK: Tensor, weight_EKN: Tensor, ends_E: Tensor, *, backend:
     """
     if isinstance(x_MK, FakeTensor):  # only shapes count, and meta kernels know bf16 alone
         return _Fake.apply(x_MK, weight_EKN)
-    return _GroupedMatmul.apply(x_MK, weight_EKN, ends_E, choose(x_MK.device, x_MK.dtype, backend))
+    aligned = all(width * x_MK.element_size() % 16 == 0 for width in weight_EKN.shape[1:])
+    return _GroupedMatmul.apply(x_MK, weight_EKN, ends_E, choose(x_MK.device, x_MK.dtype, backend, aligned))
 
 
 class _GroupedMatmul(torch.autograd.Function):
