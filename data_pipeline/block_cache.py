@@ -1,8 +1,9 @@
 """A folder of blocks read from far away, shared by the processes of a host and kept below a size: the oldest go first.
 
 A block's file is named by its hash, so a block belongs to no run, and what lies there is what it should be or is
-thrown away: the hash is taken again on every read. A kill at any instant leaves whole blocks, partial files that the
-next clearing removes, and at worst a `usage` that is too large, which the same clearing counts anew.
+thrown away: the hash is taken again on every read. A kill at any instant leaves whole blocks, a partial file that the
+next clearing removes, and at worst a `usage` that is too large, which the same clearing counts anew. Where the disk is
+full or fails, blocks are not kept, and the run goes on over the network.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from sisa_dist.config import UserError
@@ -21,7 +21,7 @@ from sisa_dist.config import UserError
 log = logging.getLogger(__name__)
 
 _KEEP = 0.9  # of the limit, after a clearing: it looks at every file, and must not be needed at every write
-_STALE = 3600.0  # seconds after which a partial file or a lock has no owner any more
+_STALE = 3600.0  # seconds after which a lock has no owner any more
 
 
 class BlockCache:
@@ -29,58 +29,71 @@ class BlockCache:
 
     def __init__(self, folder: str | Path, *, limit: int, hash: Callable[[bytes], str]) -> None:
         self.folder, self.limit, self._hash = Path(folder), limit, hash
+        self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(self.folder / "lock"):
+                pass
         except OSError as error:
-            raise self._unusable(error) from None
+            raise UserError(
+                f"data.cache_folder: {self.folder} cannot be used ({error.strerror or error}): name another"
+            ) from None
 
     def get(self, key: str) -> bytes | None:
         """The block named `key`, which counts as used now; None where it is not here or damaged."""
         path = self._path(key)
         try:
             payload = path.read_bytes()
+            if self._hash(payload) != key:
+                log.warning("%s: damaged, removed", path)
+                path.unlink(missing_ok=True)
+                return None
+            with _gone_is_fine():
+                os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise self._unusable(error) from None
-        if self._hash(payload) != key:
-            log.warning("%s: damaged, removed", path)
-            path.unlink(missing_ok=True)
+            self._goes_without(error)
             return None
-        with _gone_is_fine():
-            os.utime(path)
         return payload
 
-    def put(self, key: str, payload: bytes) -> None:
-        """Keeps a block, unless it is larger than the whole cache may be."""
+    def put(self, key: str, payload: bytes) -> bool:
+        """Keeps a block. False: it is larger than the whole cache may be, or the disk would not take it."""
         if len(payload) > self.limit:
-            return
+            return False
         path = self._path(key)
-        partial = path.with_name(f"{key}.{os.getpid()}-{threading.get_ident()}.partial")
+        partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(exist_ok=True)
+            # Written under the lock too: a clearing must not count a file that is still growing.
             with self._locked(self.folder / "lock"):
                 if path.exists():
-                    return
+                    return True
+                # Counted first: a kill here leaves a count too high and never a folder too full.
                 self._make_room(len(payload))
-            # Counted already: a kill here leaves a count too high and never a folder too full.
-            partial.write_bytes(payload)
-            os.replace(partial, path)
+                try:
+                    partial.write_bytes(payload)
+                    os.replace(partial, path)
+                except OSError:
+                    partial.unlink(missing_ok=True)
+                    raise
         except OSError as error:
-            with _gone_is_fine():
-                partial.unlink()
-            raise self._unusable(error) from None
+            self._goes_without(error)
+            return False
+        return True
 
     @contextmanager
     def alone(self, key: str) -> Iterator[None]:
         """One thread of one process of the host at a time; the kernel lets go of what a killed one held."""
         path = self._path(key).with_suffix(".fetching")
-        path.parent.mkdir(exist_ok=True)
-        with self._locked(path):
+        with ExitStack() as held:
             try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+                path.parent.mkdir(exist_ok=True)
+                held.enter_context(self._locked(path))
+                held.enter_context(_removed(path))
+            except OSError as error:  # then several may fetch the same
+                self._goes_without(error)
+            yield
 
     def size(self) -> int:
         """Bytes of blocks and partial files that lie in the folder, counted now."""
@@ -103,10 +116,10 @@ class BlockCache:
         os.replace(new, usage)
 
     def _clear(self, most: int) -> int:
-        """Removes what is stale, and where the rest is more than `limit`, the oldest down to `most`; bytes left."""
+        """Removes what a killed process left, and of the rest the oldest down to `most`; bytes left. Under the lock."""
         files, now, used = [], time.time(), 0
         for path, size, mtime in self._files():
-            if not path.endswith(".block") and now - mtime > _STALE:
+            if path.endswith(".partial") or (path.endswith(".fetching") and now - mtime > _STALE):
                 with _gone_is_fine():
                     os.unlink(path)
             else:
@@ -145,11 +158,24 @@ class BlockCache:
             finally:
                 os.close(handle)
 
-    def _unusable(self, error: OSError) -> UserError:
-        return UserError(
-            f"data.cache_folder: {self.folder} cannot be used ({error.strerror or error}): free space, lower "
-            "data.cache_gb, or name another"
-        )
+    def _goes_without(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "data.cache_folder: %s: %s: what does not fit or cannot be read there is fetched again (said once)",
+                self.folder,
+                error.strerror or error,
+            )
+
+
+@contextmanager
+def _removed(path: Path) -> Iterator[None]:
+    """`path` goes at the end, where it can."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _gone_is_fine() -> suppress:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.index import MEMBER_DTYPE, write_index
+from data_pipeline.index_writer import IndexWriter
 from data_pipeline.runs import Run, kept, partition_of, partition_start, read_documents
 from data_pipeline.shards import Part, ShardWriter
 from data_pipeline.tokenizer import token_dtype
@@ -137,35 +137,17 @@ def is_cut(plan: SplitPlan, cut: Cut) -> bool:
 
 def join_parts(plan: SplitPlan) -> None:
     """The index of the split. Holds its members' rows; the documents' lengths go through a file."""
-    members, shards = [], []
-    counts = np.zeros(plan.vocab_size, np.int64)
-    segments_end = 0
-    spool = plan.parts / f"{plan.split}.segments"
-    with open(spool, "wb") as file:
-        for cut in plan.cuts:
-            part = _load_part(plan, cut)
-            rows = part.members.copy()
-            rows["segments_end"] += segments_end
-            segments_end += len(part.segments)
-            members.append(rows)
-            shards += part.shards
-            counts += part.token_counts
-            file.write(part.segments.tobytes())
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    segments = np.memmap(spool, "<u4", mode="r") if segments_end else np.empty(0, "<u4")
-    write_index(
-        plan.folder,
-        header={
+    writer = IndexWriter(plan.folder, plan.parts / f"{plan.split}.segments", vocab_size=plan.vocab_size)
+    for cut in plan.cuts:
+        writer.add(_load_part(plan, cut))
+    assert writer.documents == plan.documents
+    writer.close(
+        {
             "dtype": token_dtype(plan.vocab_size).str,
             "vocab_size": plan.vocab_size,
             "eos_id": plan.eos_id,
             "tokenizer_sha256": plan.tokenizer_sha256,
-            "documents": plan.documents,
-            "shards": shards,
-        },
-        members=np.concatenate(members) if members else np.empty(0, MEMBER_DTYPE),
-        segments=segments,
-        token_counts=counts,
+        }
     )
 
 

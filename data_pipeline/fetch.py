@@ -7,6 +7,7 @@ next.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import threading
@@ -60,7 +61,11 @@ class Traffic:
 
 
 class Gone(UserError):
-    """There is no such file, as far as its server says (S3 refuses what is missing where listing is not allowed)."""
+    """There is no such file, or no right to read it: S3 says no more where listing is not allowed."""
+
+
+class Missing(Gone):
+    """There is certainly no such file: its server says so."""
 
 
 class Fetcher:
@@ -85,8 +90,15 @@ class Fetcher:
                 self.traffic.add(requests=1)
                 payload = _read_once(url, start, stop, limit)
             except Exception as error:
-                if gone := _gone(error):
-                    raise Gone(f"{url}: cannot be read ({gone}): put it there, or mend the URL") from None
+                if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+                    raise Missing(
+                        f"{url}: cannot be read (there is no such file): put it there, or mend the URL"
+                    ) from None
+                if isinstance(error, PermissionError) or _status(error) == 403:
+                    raise Gone(
+                        f"{url}: cannot be read (no such file, or no right to read it: {_line(error)}): put it there, "
+                        "mend the URL, or see to your credentials"
+                    ) from None
                 if reason := _permanent(error, url):
                     raise UserError(f"{url}: cannot be read ({reason})") from None
                 last = error
@@ -105,7 +117,7 @@ def _read_once(url: str, start: int | None, stop: int | None, limit: float) -> b
     if not filesystem.async_impl:
         return filesystem.cat_file(inner, start=start, end=stop)
     filesystem.retries = 1  # s3fs tries five times of its own, which would multiply with ours
-    return sync(filesystem.loop, filesystem._cat_file, inner, start, stop, timeout=limit)
+    return sync(filesystem.loop, filesystem._cat_file, inner, start=start, end=stop, timeout=limit)
 
 
 def _options(protocol: str) -> dict[str, Any]:
@@ -121,17 +133,15 @@ def _options(protocol: str) -> dict[str, Any]:
             }
         }
     if protocol == "s3":
-        return {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        # A request that waits for one of botocore's ten connections would use up its time there.
+        return {"config_kwargs": {"retries": {"total_max_attempts": 1}, "max_pool_connections": 100}}
     return {}
 
 
-def _gone(error: Exception) -> str | None:
+def _status(error: Exception) -> int | None:
+    """Of an answer over HTTP."""
     status = getattr(error, "status", None)
-    if isinstance(error, FileNotFoundError) or status == 410:
-        return "there is no such file"
-    if isinstance(error, PermissionError) or status == 403:
-        return "no such file, or no right to read it"
-    return None
+    return status if isinstance(status, int) else None
 
 
 def _permanent(error: Exception, url: str) -> str | None:
@@ -140,10 +150,19 @@ def _permanent(error: Exception, url: str) -> str | None:
     if isinstance(error, ImportError):
         extra = _EXTRAS.get(protocol)
         return f"{_line(error)}: pip install 'sisa-dist[{extra}]'" if extra else _line(error)
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and 400 <= status < 500 and status not in _TRY_AGAIN:
+    status = _status(error)
+    past_its_end = protocol == "s3" and getattr(error, "errno", None) == errno.EINVAL and "range" in str(error).lower()
+    if status == 416 or past_its_end:
+        return "it ends before the part that is asked for, cut short or replaced"
+    if status is not None and 400 <= status < 500 and status not in _TRY_AGAIN:
         return f"status {status}: {_line(error)}"
-    if isinstance(error, ValueError) or type(error).__name__ in ("NoCredentialsError", "ProfileNotFound"):
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "ClientConnectorCertificateError" in kinds:
+        return f"{_line(error)}: name its certificate's authority in SSL_CERT_FILE"
+    if "NoCredentialsError" in kinds:
+        return f"{_line(error)}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for public data FSSPEC_S3_ANON=true"
+    # s3fs gives EINVAL for every request of which S3 says that it is wrong as such.
+    if isinstance(error, ValueError) or "ProfileNotFound" in kinds or getattr(error, "errno", None) == errno.EINVAL:
         return _line(error)
     return None
 

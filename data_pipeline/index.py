@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.fetch import Fetcher, RemoteSettings
+from data_pipeline.fetch import Fetcher, Gone, Missing, RemoteSettings
 from data_pipeline.index_files import (
     AGAIN,
     FORMAT_VERSION,
@@ -50,6 +50,8 @@ class Index:
     members: NDArray[Any]  # MEMBER_DTYPE [members]
     token_counts: NDArray[np.int64]  # [vocab_size], over the whole split
     _segments: Segments
+    _fetcher: Fetcher
+    foreign: bool = False  # shards that others wrote: nothing is known of what stands beside the ids
     remote: RemoteShards | None = None  # None: every shard is a local file
     cache_bytes: int = _CACHE_BYTES
     _cache: OrderedDict[int, NDArray[Any]] = field(default_factory=OrderedDict, repr=False)
@@ -58,10 +60,18 @@ class Index:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # the loader reads in its own threads
 
     @classmethod
-    def load(cls, folder: Place, *, remote: RemoteSettings | None = None) -> Index:
+    def load(
+        cls,
+        folder: Place,
+        *,
+        remote: RemoteSettings | None = None,
+        check_shards: bool = True,
+        absent_ok: bool = False,
+    ) -> Index:
         """The index in `folder`, a path or URL. `remote`: how URLs are read.
 
-        Raises UserError where it or a local shard is absent or damaged.
+        Raises UserError where it or, with `check_shards`, a local shard is absent or damaged; `absent_ok`: an absent
+        shard is for `read_member` to tell.
         """
         fetcher = Fetcher(remote or RemoteSettings())
         raw, arrays, segments = load_files(folder, fetcher)
@@ -73,8 +83,11 @@ class Index:
             members=arrays["members.npy"],
             token_counts=arrays["token_counts.npy"],
             _segments=segments,
+            _fetcher=fetcher,
+            foreign="foreign" in raw,
         )
-        index._check_shards()
+        if check_shards:
+            index._check_shards(absent_ok)
         if any(is_url(path) for path in index.shard_paths):
             index.remote = RemoteShards(
                 fetcher,
@@ -123,15 +136,35 @@ class Index:
             raise UserError(f"{self.folder}/segments.npy: wrong at member {member}, it is damaged: {AGAIN}")
         return found
 
+    def all_segments(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Lengths start … stop-1 of the document parts of the whole split, over the ends of members."""
+        return self._segments.rows(start, stop)
+
     def ask(self, members: Iterable[int]) -> None:
         """Has the members that lie at URLs fetched in the background, in this order, for `read_member` to find."""
         if self.remote is not None:
+            # In the lock: what is fetched after its reader has been served would lie in memory till the next epoch.
             with self._lock:
-                missing = [member for member in members if member not in self._cache]
-            self.remote.ask([block for member in missing if is_url((block := self._block(member)).url)])
+                wanted = [member for member in members if member not in self._cache and member not in self._reading]
+                self.remote.ask([block for member in wanted if is_url((block := self.block(member)).url)])
+
+    def shard_name(self, member: int) -> str:
+        """The shard that holds the member, as the index calls it."""
+        return str(self.shards[int(self.members["shard"][member])]["name"])
+
+    def check_folder(self) -> None:
+        """Raises UserError where the index is gone too: then it is no single shard that is missing."""
+        path = join(self.folder, "index.json")
+        try:
+            there = bool(self._fetcher.read(path, 0, 1)) if is_url(path) else os.path.isfile(path)
+        except Gone:
+            there = False
+        if not there:
+            raise UserError(f"{path}: gone as well, so it is not one shard that is missing: {AGAIN}")
 
     def read_member(self, member: int) -> NDArray[Any]:
-        """The ids of one member, checked against its hash. Raises UserError where they are not what was written.
+        """The ids of one member, checked against its hash. Raises UserError where they are not what was written,
+        Missing where there is no such shard.
 
         Threads that want the same member read it once.
         """
@@ -157,7 +190,7 @@ class Index:
             return found
 
     def _read_member(self, member: int) -> NDArray[Any]:
-        block = self._block(member)
+        block = self.block(member)
         if is_url(block.url):
             assert self.remote is not None
             payload = self.remote.read(block)
@@ -165,6 +198,8 @@ class Index:
             try:
                 with open(block.url, "rb", buffering=0) as file:
                     payload = os.pread(file.fileno(), block.stop - block.start, block.start)
+            except FileNotFoundError:
+                raise Missing(f"{block.url}: the shard is missing: {AGAIN}") from None
             except OSError as error:
                 raise UserError(f"{block.url}: cannot be read ({error.strerror}): {AGAIN}") from None
             if member_hash(payload).hex() != block.key:
@@ -179,21 +214,24 @@ class Index:
             )
         return found
 
-    def _block(self, member: int) -> Block:
+    def block(self, member: int) -> Block:
+        """Where the member lies, and its hash."""
         row = self.members[member]
         start = int(row["offset"])
         stop = start + int(row["tokens"]) * self.dtype.itemsize
         return Block(f"member {member}", self.shard_paths[int(row["shard"])], start, stop, row["hash"].tobytes().hex())
 
     def _blocks_of(self, url: str) -> list[Block]:
-        return [self._block(int(m)) for m in np.flatnonzero(self.members["shard"] == self.shard_paths.index(url))]
+        return [self.block(int(m)) for m in np.flatnonzero(self.members["shard"] == self.shard_paths.index(url))]
 
-    def _check_shards(self) -> None:
+    def _check_shards(self, absent_ok: bool) -> None:
         """Presence and size of every local shard; remote ones are found out when read, a request each is too dear."""
         for path, shard in zip(self.shard_paths, self.shards, strict=True):
             if is_url(path):
                 continue
             if not os.path.isfile(path):
-                raise UserError(f"{path}: the shard is missing: {AGAIN}")
+                if absent_ok:
+                    continue
+                raise Missing(f"{path}: the shard is missing: {AGAIN}")
             if (size := os.stat(path).st_size) != shard["bytes"]:
                 raise UserError(f"{path}: {size} bytes instead of {shard['bytes']}, cut short or changed: {AGAIN}")

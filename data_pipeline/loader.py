@@ -7,19 +7,20 @@ the same at any number of data ranks; a fingerprint says which data and order it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from data_pipeline.fetch import Missing
 from data_pipeline.index import Index
 from data_pipeline.lines import Concat, Stream
 from data_pipeline.order import stored_order
 from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.source import Packing, Place
 from data_pipeline.stage import Stage
-from data_pipeline.window import IGNORE, Batch, read_window, stack
+from data_pipeline.window import IGNORE, Batch, Without, read_window, stack, wants
 from sisa_dist.config import UserError
 
 __all__ = ["IGNORE", "Batch", "Loader", "StepBatch", "validation_batches"]
@@ -34,6 +35,9 @@ class StepBatch:
     digest: str  # of the whole global batch, the same on every rank and at every dp
     num_targets: int  # labels that count, on this rank
     padding: float  # share of the whole global batch that holds no token
+    without: frozenset[str] = frozenset()  # Loader.without as it was when this was read
+    found_missing: frozenset[str] = frozenset()  # further shards that were not there, for this rank
+    missing_windows: int = 0  # of the whole global batch, those with a part in a shard of `without`
 
 
 class Loader:
@@ -61,10 +65,12 @@ class Loader:
         read_threads: int = 1,
         source: str = "train",
         begun: dict[str, Any] | None = None,
+        on_missing: Literal["stop", "skip"] = "stop",
     ) -> None:
         """`sources` by name with their `shares` (data_pipeline.mixture), or one index, which is called `source`.
 
-        `begun`: TrainState.stage, where this is not the first stage of its run.
+        `begun`: TrainState.stage, where this is not the first stage of its run. `on_missing`: whether a shard that is
+        not there raises Missing, or what would be read from it counts for nothing (StepBatch.found_missing).
         """
         unit = dp_size * micro_batch_size
         if global_batch_windows % unit:
@@ -82,6 +88,8 @@ class Loader:
         self._global, self._micro = global_batch_windows, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._prefetch, self._threads = prefetch, read_threads
+        self._skips = on_missing == "skip"
+        self.without: frozenset[str] = frozenset()  # SOURCE/SHARD: what is read from now on does without them
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +98,11 @@ class Loader:
     def describe(self) -> dict[str, Any]:
         """See Stage.describe."""
         return self.stage.describe()
+
+    @property
+    def shards(self) -> list[str]:
+        """SOURCE/SHARD of all, in a fixed order."""
+        return [f"{name}/{shard['name']}" for name, index in self._indexes.items() for shard in index.shards]
 
     @property
     def windows_per_epoch(self) -> int:
@@ -104,9 +117,23 @@ class Loader:
         """Steps from `cursor` on, without end; use it in a `with`, so that the reading threads stop."""
         return ReadAhead(lambda number: self._make(cursor, number), ahead=self._prefetch, threads=self._threads)
 
+    def again(self, batch: StepBatch) -> StepBatch:
+        """The same step, read anew: `without` may have changed. It is `batch` itself where nothing would differ."""
+        if not batch.found_missing and batch.without == self.without:
+            return batch
+        return self._step(batch.next_cursor - self._global)
+
     def window_ids(self, cursor: int) -> list[Place]:
         """Every slot of the global batch at `cursor`."""
         return [self.stage.place(window) for window in range(cursor, cursor + self._global)]
+
+    def digest(self, cursor: int) -> str:
+        """StepBatch.digest of the step at `cursor`, without reading it."""
+        return self._digest(self.window_ids(cursor))
+
+    def _digest(self, places: list[Place]) -> str:
+        ids = [tuple(place) for place in places] if self.stage.mixture else [(p.epoch, p.window) for p in places]
+        return hashlib.blake2b(f"{self.stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
 
     def traffic(self) -> dict[str, int] | None:
         """What this process asked of servers and disk cache so far, over its sources; None where all is local."""
@@ -128,21 +155,49 @@ class Loader:
             for run in self.stage.sources[places[slot].source].runs(places[slot]):
                 members |= dict.fromkeys(range_.member for range_ in run.ranges)
         for name, members in wanted.items():
-            self._indexes[name].ask(members)
+            index, absent = self._indexes[name], _of(name, self.without)
+            index.ask([m for m in members if not absent or index.shard_name(m) not in absent])
 
     def _step(self, cursor: int) -> StepBatch:
         stage, places = self.stage, self.window_ids(cursor)
-        mine = [self._read(places[slot]) for slot in range(self._dp_rank, self._global, self._dp_size)]
+        known = self.without
+        without = {name: Without(_of(name, known)) for name in self._indexes} if self._skips else {}
+        slots = range(self._dp_rank, self._global, self._dp_size)
+        mine = [self._read(places[slot], without.get(places[slot].source)) for slot in slots]
+        for name, found in without.items():
+            if found.found:
+                self._indexes[name].check_folder()
         batches = [stack(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
-        ids = [tuple(place) for place in places] if stage.mixture else [(p.epoch, p.window) for p in places]
-        digest = hashlib.blake2b(f"{stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
+        digest = self._digest(places)
         targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
         filled = sum(stage.sources[place.source].fill(place) for place in places)
-        return StepBatch(batches, cursor + self._global, digest, targets, 1 - filled / (self._global * stage.seq_len))
+        return StepBatch(
+            batches,
+            cursor + self._global,
+            digest,
+            targets,
+            1 - filled / (self._global * stage.seq_len),
+            without=known,
+            found_missing=frozenset(f"{name}/{shard}" for name, w in without.items() for shard in w.found),
+            missing_windows=sum(self._wants(place, without[place.source].known) for place in places) if known else 0,
+        )
 
-    def _read(self, place: Place) -> Batch:
+    def _read(self, place: Place, without: Without | None) -> Batch:
+        source, stage = self.stage.sources[place.source], self.stage
+        runs = source.runs(place)
+        try:
+            return read_window(source.index, runs, stage.seq_len, document_mask=stage.document_mask, without=without)
+        except Missing as error:
+            raise Missing(f"{error}, or go on without it by data.on_missing=skip") from None
+
+    def _wants(self, place: Place, shards: Collection[str]) -> bool:
         source = self.stage.sources[place.source]
-        return read_window(source.index, source.runs(place), self.stage.seq_len, document_mask=self.stage.document_mask)
+        return any(wants(source.index, run, shards) for run in source.runs(place))
+
+
+def _of(source: str, shards: Collection[str]) -> frozenset[str]:
+    """The names of those that are the source's."""
+    return frozenset(shard.removeprefix(f"{source}/") for shard in shards if shard.startswith(f"{source}/"))
 
 
 def validation_batches(

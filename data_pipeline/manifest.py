@@ -18,7 +18,7 @@ from data_pipeline.inputs import InputFile, list_files
 from data_pipeline.passes import evaluation_files
 from data_pipeline.sizes import Sizes
 from data_pipeline.tokenizer import Tokenizer
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import DataConfig, RunConfig, UserError
 
 _MANIFEST_VERSION = 3  # 1 held the files in place of data.input; 2 was of documents that were not shuffled
 _REMEDY = "set it to what was prepared, name another data.folder, or rebuild it with `sisa prepare --force`"
@@ -43,6 +43,31 @@ def write_manifest(
     (folder / "prepared.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def write_derived(
+    folder: Path,
+    made_by: str,
+    *,
+    sources: list[dict[str, Any]],
+    counts: dict[str, dict[str, int]],
+    skipped: dict[str, int],
+    passes: dict[str, Any] | None = None,
+) -> None:
+    """prepared.json of a folder that no config made: `made_by` is the command that did.
+
+    sources: folder, fingerprint, tokens, and settings where it has any, of what it was made from.
+    """
+    settings = {"format": [FORMAT_VERSION, _MANIFEST_VERSION]}
+    manifest = {"made_by": made_by, "settings": settings, "counts": counts, "skipped": skipped, "sources": sources}
+    manifest |= {"passes": passes} if passes is not None else {}
+    (folder / "prepared.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def made_elsewise(manifest: dict[str, Any]) -> str | None:
+    """The command that made a folder from others' shards; None: `sisa prepare` made it from text."""
+    made_by: str | None = manifest.get("made_by")
+    return made_by
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """None where `folder` holds none. Raises UserError where it is damaged."""
     path = folder / "prepared.json"
@@ -64,10 +89,26 @@ def check_settings(folder: Path, config: RunConfig, *, model: bool = False) -> N
     made = read_manifest(folder)
     if made is None:
         raise UserError(f"{folder}: no prepared data here: run `sisa prepare` with this config first")
+    if made_by := made_elsewise(made):
+        _check_derived(folder, config, made, made_by)
+        return
     for key, value in _settings(config).items():
         old = made["settings"].get(key)
         if old != value and (model or not key.startswith("model.")):
             raise UserError(f"{folder}: made with other settings ({key} was {old!r} and is now {value!r}): {_REMEDY}")
+
+
+def _check_derived(folder: Path, config: RunConfig, made: dict[str, Any], made_by: str) -> None:
+    """Settings that shape data have no effect on data that no config shaped: they are as in a source, or not set."""
+    usual = _settings(config.model_copy(update={"data": DataConfig()}))
+    for key, value in _settings(config).items():
+        known = [source["settings"].get(key) for source in made.get("sources", ()) if "settings" in source]
+        if key == "format" and made["settings"].get(key) != value:
+            raise UserError(
+                f"{folder}: of format {made['settings'].get(key)}, this version reads {value}: make it anew"
+            )
+        if key.startswith("data.") and value not in (usual[key], *known):
+            raise UserError(f"{folder}: made by `{made_by}`, on which {key} has no effect: remove it, or name another")
 
 
 def check_inputs(folder: Path, config: RunConfig) -> str | None:
@@ -77,6 +118,8 @@ def check_inputs(folder: Path, config: RunConfig) -> str | None:
     """
     made = read_manifest(folder)
     assert made is not None
+    if made_by := made_elsewise(made):
+        return f"it was made by `{made_by}`"
     try:
         found = describe_inputs(config)
     except UserError as error:

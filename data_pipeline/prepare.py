@@ -27,6 +27,7 @@ from data_pipeline.manifest import (
     check_inputs,
     check_settings,
     describe_inputs,
+    made_elsewise,
     read_manifest,
     work_key,
     write_manifest,
@@ -70,11 +71,15 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, size
     folder = config.data_folder
     console = Console(quiet=quiet, highlight=False)
     made = read_manifest(folder)
+    if made is not None and force and (made_by := made_elsewise(made)):
+        raise UserError(f"{folder}: made by `{made_by}`, not from data.input: name another data.folder, or remove it")
     if made is not None and not force:
         check_settings(folder, config, model=True)
         unseen = check_inputs(folder, config)
         remove_leftovers(folder)
         how = "" if unseen is None else f" by its settings; the input is not here ({unseen})"
+        if made_by := made_elsewise(made):
+            how = f", made by `{made_by}`"
         console.print(f"{folder}: up to date{how}")
         return folder
     if made is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

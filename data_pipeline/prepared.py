@@ -28,10 +28,12 @@ def remote_settings(data: DataConfig) -> RemoteSettings:
     )
 
 
-def open_split(folder: Place, split: str, *, remote: RemoteSettings | None = None) -> Index | None:
-    """None where `folder` has no such split. Raises UserError where it is damaged or cannot be reached."""
+def open_split(
+    folder: Place, split: str, *, remote: RemoteSettings | None = None, absent_ok: bool = False
+) -> Index | None:
+    """None where `folder` has no such split. Raises UserError where it is damaged or cannot be reached; see Index."""
     try:
-        return Index.load(join(folder, split), remote=remote)
+        return Index.load(join(folder, split), remote=remote, absent_ok=absent_ok)
     except NoIndex:
         return None
 

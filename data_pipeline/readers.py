@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from data_pipeline import hub
 from data_pipeline.inputs import InputFile
+from data_pipeline.tars import Tar, leads_out
 from data_pipeline.zst import ZstReader
 from sisa_dist.config import UserError
 
@@ -170,22 +171,20 @@ def read_hub(file: InputFile, start: int, stop: int | None, text_key: str, bad: 
 def read_tar(file: InputFile, raw: IO[bytes], text_key: str, bad: Bad) -> Iterator[Placed]:
     """One document a sample; a sample is a run of members with one name before the first dot, as webdataset has it.
 
-    The place is the sample's number. Nothing is ever unpacked, yet a name that would lead out of a folder is taken for
-    a sign of a tar made to do harm. Holds about 60 bytes a sample, to see a key that comes twice.
+    The place is the sample's number. Holds about 60 bytes a sample, to see a key that comes twice.
     """
-    with tarfile.open(fileobj=raw, mode="r:") as tar:
-        sample, number, seen = _Sample(""), 0, set[int]()
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header, and a tar may hold millions
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if f"{folder}/{stem}" != sample.key:
-                yield from sample.document(file, number, text_key, seen, bad)
-                sample, number = _Sample(f"{folder}/{stem}"), number + 1
-            if extension in ("txt", "json") and not member.isdir():
-                sample.add(tar, member, extension)
-        yield from sample.document(file, number, text_key, seen, bad)
-        _check_tar_end(tar, raw)
+    tar = Tar(raw)
+    sample, number, seen = _Sample(""), 0, set[int]()
+    for member in tar:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if f"{folder}/{stem}" != sample.key:
+            yield from sample.document(file, number, text_key, seen, bad)
+            sample, number = _Sample(f"{folder}/{stem}"), number + 1
+        if extension in ("txt", "json") and not member.isdir():
+            sample.add(tar.file, member, extension)
+    yield from sample.document(file, number, text_key, seen, bad)
+    tar.check_end()
 
 
 class _Sample:
@@ -197,7 +196,7 @@ class _Sample:
     def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
         if not member.isfile():
             self._fault = _Fault("a link in a tar", f"a link or a device where a text should be: {AGAIN}"), member.name
-        elif member.name.startswith("/") or ".." in member.name.split("/"):
+        elif leads_out(member.name):
             self._fault = _Fault("a name that leads out", f"a name that leads out of its folder: {AGAIN}"), member.name
         elif extension in self._parts:
             self._fault = _Fault("a key twice in a tar", f"comes twice: {AGAIN}"), member.name
@@ -225,16 +224,6 @@ class _Sample:
             bad(fault.at(f"{file.where}:{name}"))
         else:
             yield number, Document(f"{file.name}:{self.key.lstrip('/')}", text)
-
-
-def _check_tar_end(tar: tarfile.TarFile, raw: IO[bytes]) -> None:
-    """tarfile stops without a word at a damaged or cut header, and at the first end mark of two joined tars."""
-    raw.seek(tar.offset)
-    if raw.read(512) != bytes(512):
-        raise tarfile.ReadError("no end mark after the last member")
-    while block := raw.read(1 << 20):
-        if block.count(0) != len(block):
-            raise tarfile.ReadError("data after the end mark: two tars joined?")
 
 
 class _Fault(Exception):

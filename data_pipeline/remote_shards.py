@@ -7,8 +7,10 @@ memory, is for index.py.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -30,8 +32,23 @@ class Block(NamedTuple):
     key: str
 
 
+_all: weakref.WeakSet[RemoteShards] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for shards in list(_all):
+        shards._begin()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class RemoteShards:
-    """Reads blocks for any number of threads. `hash`: what gives their keys; `beside(url)`: all blocks of a file."""
+    """Reads blocks for any number of threads. `hash`: what gives their keys; `beside(url)`: all blocks of a file.
+
+    What was asked for and not read yet is in memory where there is no disk cache, or it would not take it: whoever asks
+    bounds that.
+    """
 
     def __init__(
         self,
@@ -48,11 +65,16 @@ class RemoteShards:
         if settings.cache_folder is not None:
             self._cache = BlockCache(settings.cache_folder, limit=int(settings.cache_gb * 1e9), hash=hash)
         self._connections = settings.connections
+        self._ranges = True  # until a server is met that has none
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
+        """With no thread and nothing asked for: at first, and in a forked process, where threads do not come along."""
         self._asked: dict[str, Future[bytes | None]] = {}
         self._jobs: queue.SimpleQueue[tuple[Block, Future[bytes | None]]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
-        self._ranges = True  # until a server is met that has none
 
     def ask(self, blocks: Iterable[Block]) -> None:
         """Has them fetched in the background, in this order; an error waits for whoever reads the block."""
@@ -72,34 +94,33 @@ class RemoteShards:
         with self._lock:
             asked = self._asked.pop(block.key, None)
         found = asked.result() if asked is not None else None
-        return self._kept(block, asked=asked is not None) if found is None else found
+        return self._find(block, asked=asked is not None)[0] if found is None else found
 
     def _work(self) -> None:
         while True:
             block, future = self._jobs.get()
             try:
-                payload = self._kept(block)
+                payload, on_disk = self._find(block)
             except BaseException as error:
                 future.set_exception(error)
             else:
-                future.set_result(payload if self._cache is None else None)  # else it lies on disk, and memory is dear
+                future.set_result(None if on_disk else payload)  # memory is dear
 
-    def _kept(self, block: Block, *, asked: bool = False) -> bytes:
-        """From the disk cache, or fetched and put there, once for all processes of the host."""
+    def _find(self, block: Block, *, asked: bool = False) -> tuple[bytes, bool]:
+        """From the disk cache, or fetched and put there, once for all processes of the host; whether it lies there."""
         if self._cache is None:
-            return self._fetch(block)
+            return self._fetch(block), False
         found = self._cache.get(block.key)
         if found is not None:
             self.fetcher.traffic.add(cache_hits=not asked)  # what was asked for is counted once
-            return found
+            return found, True
         with self._cache.alone(block.key if self._ranges else self._hash(block.url.encode())):
             found = self._cache.get(block.key)
             if found is not None:
                 self.fetcher.traffic.add(cache_hits=1)
-                return found
+                return found, True
             payload = self._fetch(block)
-            self._cache.put(block.key, payload)
-            return payload
+            return payload, self._cache.put(block.key, payload)
 
     def _fetch(self, block: Block) -> bytes:
         for attempt in range(2):  # once more, for what was damaged on its way

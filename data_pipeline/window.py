@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data_pipeline.fetch import Missing
 from data_pipeline.index import Index
 from data_pipeline.lines import Run
 from data_pipeline.order import Int64, Range
@@ -38,8 +40,21 @@ def document_of(index: Index, ranges: Sequence[Range]) -> Int64:
     return np.concatenate(found)
 
 
-def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
+@dataclass
+class Without:
+    """Shards that are done without, by name: those `known` before, which are not asked for, and those found missing."""
+
+    known: Collection[str]
+    found: set[str] = field(default_factory=set)
+
+
+def read_window(
+    index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool, without: Without | None = None
+) -> Batch:
     """The runs side by side as a batch of one row; what they leave of it is padded with eos and ignored labels.
+
+    A run of which a part lies in a shard that is done `without` has eos for every token and no label that counts, and
+    keeps its doc_ids; without a Without, a missing shard raises Missing.
 
     With document_mask each run, and in it each document, has its own doc_id, the padding one more, and the label that
     crosses from one into the next is ignored.
@@ -49,12 +64,15 @@ def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mas
     doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
     position, document = 0, -1
     for number, run in enumerate(runs):
-        ids = np.concatenate([index.read_member(member)[start:stop] for member, start, stop in run.ranges])
+        ids = _read_run(index, run, without)
+        absent = ids is None
+        if ids is None:
+            ids = np.full(sum(r.stop - r.start for r in run.ranges), index.eos_id, dtype=np.int64)
         count = len(ids) - 1  # of labels
         # The very last token stands as an input too where there is room, though nothing is asked behind it.
         inputs = min(len(ids), seq_len - position) if number == len(runs) - 1 else run.inputs
         tokens[position : position + inputs] = ids[:inputs]
-        labels[position : position + count] = ids[1:]
+        labels[position : position + count] = IGNORE if absent else ids[1:]
         if document_mask:
             documents = document_of(index, run.ranges) + document + 1
             labels[position : position + count][documents[1:] != documents[:-1]] = IGNORE
@@ -67,6 +85,27 @@ def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mas
         torch.from_numpy(labels)[None],
         torch.from_numpy(doc_ids)[None] if document_mask else None,
     )
+
+
+def wants(index: Index, run: Run, shards: Collection[str]) -> bool:
+    """Whether a part of the run lies in one of `shards`."""
+    return bool(shards) and any(index.shard_name(range_.member) in shards for range_ in run.ranges)
+
+
+def _read_run(index: Index, run: Run, without: Without | None) -> NDArray[np.integer] | None:
+    """Its ids; None where a shard is missing that may be."""
+    if without is not None and wants(index, run, without.known):
+        return None
+    found = []
+    for member, start, stop in run.ranges:
+        try:
+            found.append(index.read_member(member)[start:stop])
+        except Missing:
+            if without is None:
+                raise
+            without.found.add(index.shard_name(member))
+            return None
+    return np.concatenate(found)
 
 
 def stack(rows: Sequence[Batch]) -> Batch:

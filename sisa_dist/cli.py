@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from sisa_dist.config import UserError, load_config
+from sisa_dist.data_cli import app as data_app
 
 _OTHER_HOSTS_WAIT, _OTHER_RANKS_WAIT = 2.0, 4.0  # seconds; the slowest launcher looks once a second
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="The run's YAML file.")]
 RunPath = Annotated[Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.")]

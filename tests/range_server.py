@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # What to do with a request, by its path (without the first slash) and its number among those for the path, from 0:
-# None to serve it, a status to answer with, "cut" to stop in the middle, "garbage" for other bytes, seconds to wait.
+# None to serve it, a status to answer with, "cut" to stop in the middle, "garbage" for other bytes, "redirect" to
+# moved/PATH (which is PATH), "hang up" to close the connection after the answer without saying so, seconds to wait.
 Fault = Callable[[str, int], "int | float | str | None"]
 
 
@@ -31,7 +33,7 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Served]:
+def serve(folder: Path, *, tls: ssl.SSLContext | None = None) -> Iterator[Served]:
     served = Served("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -60,7 +62,13 @@ def serve(folder: Path) -> Iterator[Served]:
             if isinstance(fault, int):
                 self._send(fault, b"an answer of no use")
                 return
-            file = folder / path
+            if fault == "redirect":
+                self.send_response(302)
+                self.send_header("Location", f"/moved/{path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            file = folder / path.removeprefix("moved/")
             if not file.is_file():
                 self._send(404, b"no such file")
                 return
@@ -71,6 +79,7 @@ def serve(folder: Path) -> Iterator[Served]:
             if fault == "garbage":
                 content = bytes(byte ^ 1 for byte in content)
             self._send(status, content, cut=fault == "cut")
+            self.close_connection |= fault == "hang up"
 
         def _send(self, status: int, content: bytes, *, cut: bool = False) -> None:
             self.send_response(status)
@@ -85,7 +94,9 @@ def serve(folder: Path) -> Iterator[Served]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # a client that gave up
-    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    served.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

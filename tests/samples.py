@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,3 +96,23 @@ def write_split(
 def random_documents(seed: int, number: int, *, longest: int = 30, vocab: int = 97) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab, size=int(rng.integers(1, longest + 1))).tolist() for _ in range(number)]
+
+
+def write_tar(path: Path, entries: Sequence[tuple[str, bytes | None]]) -> Path:
+    """A tar of files by name; of None a symbolic link out of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in entries:
+            entry = tarfile.TarInfo(name)
+            if content is None:
+                entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            entry.size = len(content or b"")
+            tar.addfile(entry, io.BytesIO(content or b""))
+    return path
+
+
+def npy(ids: np.ndarray) -> bytes:
+    """A .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, ids)
+    return stream.getvalue()

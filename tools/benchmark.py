@@ -5,6 +5,7 @@
     python tools/benchmark.py start                          from `import` to the first optimizer step, in a new process
     torchrun --nproc-per-node 2 tools/benchmark.py overlap   tp 2, collectives hidden behind matmuls ÷ not
     python tools/benchmark.py save [--set K=V] [--folder F]  what a save takes, and what of it training waits for
+    python tools/benchmark.py documents [--length 2048]      packed ÷ unpacked, time and memory (benchmark_documents.py)
     python tools/benchmark.py loader CONFIG                  the loader alone, tokens/s, on prepared data
 
 A tool, never a timed test: it asserts nothing. `--json FILE` keeps the figures.
@@ -26,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_documents
 import torch
 
 from data_pipeline.loader import Batch
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     save.add_argument("--rounds", type=int, default=3)
     save.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary folder")
     save.add_argument("--set", dest="overrides", action="append", default=[])
+    benchmark_documents.add_arguments(commands.add_parser("documents"))
     loader = commands.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("--set", dest="overrides", action="append", default=[])
@@ -69,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         "start": _start,
         "overlap": _overlap,
         "save": _save,
+        "documents": lambda arguments: benchmark_documents.measure(arguments, _in_turns),
         "loader": _loader,
     }
     figures = command[arguments.command](arguments)

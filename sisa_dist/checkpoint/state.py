@@ -60,6 +60,22 @@ def parse_state(content: bytes, *, source: str) -> TrainState:
     return state
 
 
+def _is_stage(value: Any) -> bool:
+    """What Stage.carry returns, or None; what a source's `rest` holds only data_pipeline knows."""
+    if value is None:
+        return True
+    if not (isinstance(value, dict) and value.keys() == {"number", "sources"} and type(value["number"]) is int):
+        return False
+    sources = value["sources"]
+    return isinstance(sources, dict) and all(
+        isinstance(source, dict)
+        and source.keys() == {"epoch", "rest"}
+        and type(source["epoch"]) is int
+        and isinstance(source["rest"], dict | None)
+        for source in sources.values()
+    )
+
+
 _EMPTY = TrainState(0, 0, 0, 0.0, "")
 _KINDS: dict[type, Callable[[Any], bool]] = {
     bool: lambda value: isinstance(value, bool),
@@ -67,4 +83,5 @@ _KINDS: dict[type, Callable[[Any], bool]] = {
     int: lambda value: type(value) is int and value >= 0,
     float: lambda value: type(value) in (int, float),
     list: lambda value: isinstance(value, list) and all(type(entry) in (int, float) for entry in value),
+    type(None): _is_stage,
 }

@@ -67,6 +67,8 @@ class DataConfig(Section):
     passes: PassesConfig = PassesConfig()  # what is taken out of the documents; nothing by default
     read_threads: PositiveInt = 2  # that read them, at most one a batch
 
+    # A shard that is not there; skip: training goes on and what lies in it counts for nothing (missing_shards.json)
+    on_missing: Literal["stop", "skip"] = "stop"
     cache_folder: str | None = None  # for shards at URLs, shared by the processes of a host; None: nothing is kept
     cache_gb: PositiveFloat = 20.0  # most that cache_folder may hold, in 10⁹ bytes
     retries: NonNegativeInt = 5  # of a request that fails in a way that may pass, with growing pauses

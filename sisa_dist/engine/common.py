@@ -19,9 +19,12 @@ from sisa_dist.parallel.mesh import Mesh
 
 
 def count_labels(micro_batches: Sequence[Batch], mesh: Mesh) -> Tensor:
-    """Labels that count in the whole global batch, at least 1; int64 scalar on `mesh.device`. Collective."""
+    """Labels that count in the whole global batch; int64 scalar on `mesh.device`. Collective.
+
+    Where none does (all its shards are missing) the mean loss is not a number, and the guard skips the step.
+    """
     count = torch.tensor(sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches))
-    return mesh.sum_over_dp(count.to(mesh.device)).clamp_(min=1)
+    return mesh.sum_over_dp(count.to(mesh.device))
 
 
 def move(tensor: Tensor | None, mesh: Mesh) -> Tensor | None:

@@ -60,7 +60,7 @@ class FSDP2Engine:
         enter("label count")
         count = count_labels(micro_batches, self.mesh)
         # FSDP averages over data ranks; the loss is a sum divided once by the global count.
-        scale = self.dp_size / count
+        scale = self.dp_size / count.clamp(min=1)
         loss_sum = torch.zeros((), device=self.mesh.device)
         self.model.reset_statistics()
         for number, batch in enumerate(micro_batches, start=1):

@@ -53,7 +53,11 @@ class LM(nn.Module):
         cache: list[Cache] | None = None,
         last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None."""
+        """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None.
+
+        Documents do not see each other, and positions count from the first token of each. With a cache the ids go on
+        from those of the tokens it holds, and are given at every call or at none.
+        """
         config = self.config
         start = cache[0].length if cache else 0
         h_BTD = self.embed(tokens_BT)
@@ -63,6 +67,7 @@ class LM(nn.Module):
             channels=config.rotary_channels,
             theta=config.rope_theta,
             device=tokens_BT.device,
+            doc_ids_BT=cache[0].documents(doc_ids_BT) if cache else doc_ids_BT,
         )
         routings: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):

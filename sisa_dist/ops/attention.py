@@ -1,7 +1,7 @@
 """Plain causal softmax attention, grouped-query heads and documents included, through SDPA.
 
-The Transformer baseline and every hybrid use it. One SDPA call that reaches a flash kernel; long packed sequences go
-by the bisected path without its decay. No positions are added here: RoPE is the caller's.
+The Transformer baseline and every hybrid use it. One SDPA call that reaches a flash kernel; packed documents go by the
+bisected path without its decay, which needs no T×T mask. No positions are added here: RoPE is the caller's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from torch import Tensor
 from sisa_dist.config import UserError
 from sisa_dist.ops.backends import causal_call, check_name
 from sisa_dist.ops.bisect import sisa_bisected
-from sisa_dist.ops.masks import document_mask
 from sisa_dist.ops.precision import no_autocast, work_dtype
-
-# Longer packed sequences go by the bisected path, which needs no T² mask: measured at T 4096 on CPU, forward and
-# backward, 238 ms against 422 with the mask (190 without documents); at 512 it is 58 against 53.
-MASK_UP_TO = 1024
 
 
 def causal_attention(
@@ -45,13 +40,16 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     check_name(backend, q.device)
     with no_autocast(q.device):
-        if doc_ids is not None and (q.shape[2] > MASK_UP_TO or not _by_sdpa(q, doc_ids, backend)):
-            return _bisected_without_decay(q, k, v, scale=scale, doc_ids=doc_ids, backend=backend)
-        return flash_sdpa(q, k, v, scale=scale, doc_ids=doc_ids, backend=backend)
+        if doc_ids is not None:
+            return packed_attention(q, k, v, scale=scale, doc_ids=doc_ids, backend=backend)
+        return flash_sdpa(q, k, v, scale=scale, backend=backend)
 
 
-def _bisected_without_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor, backend: str) -> Tensor:
-    """d_s = 0 leaves the softmax over q·k; documents then need no T×T mask."""
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor, backend: str) -> Tensor:
+    """Softmax over q·k inside each document: the bisected path with d_s = 0. No mask above the leaf size.
+
+    A mask for SDPA would cost T² bytes a sequence and T² of reading, and reaches no flash kernel on a GPU.
+    """
     heads, none = q.shape[1], q.new_empty(*q.shape[:3], 0)
     none_kv = k.new_empty(*k.shape[:3], 0)
     still = none_kv.sum(-1, dtype=work_dtype(q.dtype))
@@ -60,32 +58,16 @@ def _bisected_without_decay(q: Tensor, k: Tensor, v: Tensor, *, scale: float, do
     return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=None, backend=backend)
 
 
-def _by_sdpa(q: Tensor, doc_ids: Tensor | None, backend: str) -> bool:
-    """Whether `F.scaled_dot_product_attention` itself is called: on CPU it is the flash kernel, elsewhere for masks."""
-    if q.device.type == "cpu":
-        return backend in ("auto", "cpu_flash")
-    return backend == "auto" and (doc_ids is not None or q.device.type != "cuda")
-
-
-def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor | None, backend: str) -> Tensor:
-    """One causal call. For SDPA the narrower of (q, k) and v is zero-padded: only equal widths have a CPU flash kernel.
-
-    Raises UserError for documents with a backend asked for by name: only SDPA takes a mask.
-    """
-    if not _by_sdpa(q, doc_ids, backend):
-        if doc_ids is not None:
-            raise UserError(
-                f"attention.backend {backend} takes no document mask in one call: set attention.path to bisected or "
-                "attention.backend to auto"
-            )
+def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: str) -> Tensor:
+    """One causal call. For SDPA the narrower of (q, k) and v is zero-padded: only equal widths have a CPU flash."""
+    # On CPU SDPA itself is the flash kernel; on CUDA it can neither be checked nor reach flash-attn.
+    kind = q.device.type
+    if not ((backend == "auto" and kind != "cuda") or (backend == "cpu_flash" and kind == "cpu")):
         return causal_call(q, k, v, scale=scale, backend=backend)
     d_qk, d_v = q.shape[-1], v.shape[-1]
     if d_v < d_qk:
         v = F.pad(v, (0, d_qk - d_v))
     elif d_qk < d_v:
         q, k = F.pad(q, (0, d_v - d_qk)), F.pad(k, (0, d_v - d_qk))
-    mask = None if doc_ids is None else document_mask(doc_ids)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out[..., :d_v]
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)[..., :d_v]

@@ -23,7 +23,7 @@ from sisa_dist.ops.documents import Segments, suffix_sums
 from sisa_dist.ops.leaf import leaf_backward, leaf_forward
 from sisa_dist.ops.operands import Operands, Shape
 from sisa_dist.ops.precision import no_autocast, work_dtype
-from sisa_dist.ops.spans import as_complex, as_real, decay_sums, levels, phase_turns, turn
+from sisa_dist.ops.spans import as_complex, as_real, decay_sums, phase_turns, turn
 
 EXCLUDED = 1e30  # lse of a row outside the crossing document: its probabilities are then exactly 0 in the backward
 
@@ -80,7 +80,7 @@ def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backen
         )
         out, lse = leaf_forward(ops.leaves(), scale=scale)
         out, lse = out.flatten(1, 2), lse.flatten(1, 2)
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             rect = ops.rectangle(level)
             far_out, far_lse = attend(rect.q, rect.k, rect.v, d_v=shape.d_v, scale=scale, backend=backend)
             far_lse = far_lse.to(work)
@@ -125,7 +125,7 @@ def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, sc
         near = [ops.in_leaves(x) for x in (dout[..., :d_v], lse, delta)]
         at_leaves = leaf_backward(near[0], ops.leaves(), near[1], near[2], scale=scale)
         dq, dk, dv, dC, dB = (x.flatten(1, 2) for x in at_leaves)
-        for level in levels(shape.padded, leaf):
+        for level in ops.levels:
             rect = ops.rectangle(level)
             row_lse = level.odd(lse)
             if rect.outside is not None:

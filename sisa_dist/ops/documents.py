@@ -8,10 +8,12 @@ their differences inside a document enter. doc_ids is non-decreasing, so equalit
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sisa_dist.ops.spans import Level
 
@@ -25,6 +27,28 @@ def crossing(doc_q_MT: Tensor, doc_k_NT: Tensor, level: Level) -> Crossing:
     """Rows and keys of the document that crosses each pair of the level."""
     last_q, last_k = level.even(doc_q_MT)[:, :, -1:], level.even(doc_k_NT)[:, :, -1:]
     return Crossing(level.odd(doc_q_MT) == last_q, level.even(doc_k_NT) == last_k)
+
+
+def within_reach(levels: Iterable[Level], doc_ids_BT: Tensor) -> Iterator[Level]:
+    """The levels without what no crossing document reaches: fewer keys and rows, or no level at all.
+
+    Only on a CPU, where reading doc_ids waits for nothing; elsewhere, and on fake tensors, every level whole. It takes
+    away what is masked and would add exactly 0, so it changes time alone.
+    """
+    readable = doc_ids_BT.device.type == "cpu" and not isinstance(doc_ids_BT, FakeTensor)
+    for level in levels:
+        if not readable:
+            yield level
+            continue
+        rows, keys = (x.sum(-1) for x in crossing(doc_ids_BT, doc_ids_BT, level))
+        longest_rows, longest_keys = int(rows.max()), int((keys * (rows > 0)).max())
+        if longest_rows:
+            yield level._replace(last_keys=_even(longest_keys, level.span), first_rows=_even(longest_rows, level.rows))
+
+
+def _even(length: int, most: int) -> int:
+    """Rounded up, so that products and their workspaces come in few sizes."""
+    return min(most, -(-length // 32) * 32)
 
 
 def mask_value(scale: float, dtype: torch.dtype) -> float:
@@ -68,3 +92,22 @@ def suffix_sums(x_BGT: Tensor, segments: Segments | None) -> Tensor:
     total = prefix.gather(2, last.expand(prefix.shape))
     is_first = torch.arange(x_BGT.shape[2], device=x_BGT.device).view_as(first[:1]) == first
     return (total - prefix).add_(x_BGT).masked_fill_(is_first, 0)
+
+
+class _InDocuments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: Segments, sums: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.segments, ctx.dtype = segments, x.dtype
+        return sums(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return suffix_sums(grad, ctx.segments).to(ctx.dtype), None, None
+
+
+def sums_in_documents(x_BGT: Tensor, segments: Segments, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """`sums`, running sums along dim 2 of `[B, H_kv, T, ...]`, of which only differences inside a document are used.
+
+    Autograd's reverse sum would hand each document's rounding error to all documents before it: here they get 0.
+    """
+    return _InDocuments.apply(x_BGT, segments, sums)

@@ -12,8 +12,13 @@ def causal_mask(num_queries: int, num_keys: int, *, device: torch.device) -> Ten
     return ones.tril(num_keys - num_queries)
 
 
-def document_mask(doc_ids_BT: Tensor) -> Tensor:
-    """Bool [B, 1, T, T], True = visible: not later, and of the same document. Costs T² bytes a sequence."""
+def document_mask(doc_ids_BT: Tensor, num_queries: int | None = None) -> Tensor:
+    """Bool [B, 1, num_queries, T], True = visible: not later, and of the same document.
+
+    The queries are the last `num_queries` tokens, by default all T: a mask that costs T² bytes a sequence, which only
+    the dense oracle and short sequences can afford.
+    """
     T = doc_ids_BT.shape[-1]
-    same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
-    return (same_BTT & causal_mask(T, T, device=doc_ids_BT.device))[:, None]
+    rows = T if num_queries is None else num_queries
+    same_BrT = doc_ids_BT[:, T - rows :, None] == doc_ids_BT[:, None, :]
+    return (same_BrT & causal_mask(rows, T, device=doc_ids_BT.device))[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.ops.backends import value_width
-from sisa_dist.ops.documents import crossing, mask_value
+from sisa_dist.ops.documents import crossing, mask_value, within_reach
 from sisa_dist.ops.leaf import Leaves
 from sisa_dist.ops.precision import exp_
 from sisa_dist.ops.spans import Level, as_complex, levels
@@ -79,6 +79,9 @@ class Operands:
         """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
         self.shape, d_h, d_s = shape, shape.d_h, shape.d_s
         work = turn_BGTm.real.dtype
+        doc = None if doc_ids is None else self._hold(doc_ids[:, None])
+        found = levels(shape.padded, shape.leaf)
+        self.levels = list(found if doc is None else within_reach(found, doc))  # small spans first
         self.v_width = self._v_width(q, backend)
         self.q, self.k = (self.spread(x, width=shape.width) for x in (q, k))
         self.v = self.like_v(v)
@@ -92,9 +95,8 @@ class Operands:
             self.C.view(shape.batch, shape.heads, -1).mul_(lam_over_scale[:, None])
         self.ssm = slice(d_h, d_h + d_s)
         self.doc_q = self.doc_k = None
-        if doc_ids is not None:
-            held = self._hold(doc_ids[:, None])
-            self.doc_q, self.doc_k = (held.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
+        if doc is not None:
+            self.doc_q, self.doc_k = (doc.repeat_interleave(n, 0) for n in (shape.heads, shape.kv_heads))
             self.mask = d_h + d_s
             self.mask_value = mask_value(scale, q.dtype)
             self.q[..., self.mask] = 1
@@ -102,7 +104,7 @@ class Operands:
     def _v_width(self, q: Tensor, backend: str) -> int:
         """Some kernels need v, out and dout as wide as q̂: where none such serves even the largest level, less."""
         shape = self.shape
-        largest = max((level.span for level in levels(shape.padded, shape.leaf)), default=0)
+        largest = max((level.last_keys or level.span for level in self.levels), default=0)
         sizes = {"num_keys": largest, "width": shape.width, "d_v": shape.d_v, "group": shape.group}
         return value_width(q.device, q.dtype, **sizes, backend=backend)
 

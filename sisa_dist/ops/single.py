@@ -7,12 +7,16 @@ what C and B add; beyond it the result is NaN. Whoever calls this has declared a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sisa_dist.ops.attention import flash_sdpa
+from sisa_dist.ops.attention import flash_sdpa, packed_attention
+from sisa_dist.ops.documents import Segments, sums_in_documents
 from sisa_dist.ops.precision import work_dtype
 from sisa_dist.ops.rotation import expand_kv, phase_cos_sin, rotate, running_sum
+from sisa_dist.ops.spans import decay_sums, phase_turns
 
 
 def sisa_single(
@@ -31,19 +35,41 @@ def sisa_single(
 ) -> Tensor:
     """One SDPA call over Q̂ = [q ; (λ/scale)·e^{g−c} R(Φ) C] and K̂ = [k ; e^{c−g} R(Φ) B].
 
-    λ sits wholly on C̄, so that K̂ keeps H_kv heads. Shapes are those of `sisa_attention`, already checked; returns
-    [B, H, T, d_v] in q's dtype.
+    λ sits wholly on C̄, so that K̂ keeps H_kv heads. Packed documents have one reference each and are attended in the
+    pieces of the bisected path: no kernel takes their mask, and T×T of it is never made. Shapes are those of
+    `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype.
     """
     H, dtype = q_BHTd.shape[1], q_BHTd.dtype
     work = work_dtype(dtype)
-    g_BGT = running_sum(log_alpha_BGT, dim=-1)
+    if doc_ids_BT is None:
+        g_BGT = running_sum(log_alpha_BGT, dim=-1)
+        middle = (g_BGT[..., :1] + g_BGT[..., -1:]) / 2
+        cos, sin = phase_cos_sin(running_sum(theta_BGTm, dim=-2), dtype=work)
+    else:
+        g_BGT, middle, angle = _of_documents(log_alpha_BGT, theta_BGTm, Segments.of(doc_ids_BT), work=work)
+        cos, sin = angle.cos(), angle.sin()
     # Any c is exact; the middle of the range spends it evenly on both factors. It carries no gradient.
-    middle = (g_BGT[..., :1] + g_BGT[..., -1:]).detach() / 2
-    rise_BGT1 = (g_BGT - middle).to(work)[..., None]
-    cos, sin = phase_cos_sin(running_sum(theta_BGTm, dim=-2), dtype=work)
+    rise_BGT1 = (g_BGT - middle.detach()).to(work)[..., None]
     B_bar = rotate(B_BGTs.to(work), cos, sin) * torch.exp(-rise_BGT1)
     C_bar = rotate(C_BHTs.to(work), expand_kv(cos, H), expand_kv(sin, H)) * torch.exp(expand_kv(rise_BGT1, H))
     C_bar = C_bar * (lam_H.to(work) / scale)[:, None, None]
     q_hat = torch.cat((q_BHTd, C_bar.to(dtype)), dim=-1)
     k_hat = torch.cat((k_BGTd, B_bar.to(dtype)), dim=-1)
-    return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT, backend=backend)
+    if doc_ids_BT is not None:
+        return packed_attention(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT, backend=backend)
+    return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, backend=backend)
+
+
+def _of_documents(
+    log_alpha_BGT: Tensor, theta_BGTm: Tensor, segments: Segments, *, work: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g, the middle of each token's document's range of it, and Φ in [−π, π] from the document's first token.
+
+    By the exact sums of the bisected path, so that no document moves a bit of another.
+    """
+    g_BGT = sums_in_documents(log_alpha_BGT, segments, lambda x: decay_sums(x, work=work))
+    first, last = (g_BGT.gather(2, edge[:, None].expand_as(g_BGT)) for edge in segments)
+    angle = sums_in_documents(
+        theta_BGTm, segments, lambda x: phase_turns(x, segments.first, work=work).mul_(2 * math.pi)
+    )
+    return g_BGT, (first + last) / 2, angle

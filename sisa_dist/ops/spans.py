@@ -20,20 +20,26 @@ from torch import Tensor
 
 
 class Level(NamedTuple):
-    """`num` pairs of neighbouring spans from token `start` on: `span` keys, then the `rows` queries that see them."""
+    """`num` pairs of neighbouring spans from token `start` on: `span` keys, then the `rows` queries that see them.
+
+    Of both only what lies within reach of the edge between them counts: the last `last_keys` and `first_rows`.
+    """
 
     start: int
     num: int
     span: int
     rows: int
+    last_keys: int | None = None  # None: all
+    first_rows: int | None = None
 
     def odd(self, x_MT: Tensor) -> Tensor:
-        """The query side of `[M, T, ...]`: a view `[M, num, rows, ...]`."""
-        return self._pairs(x_MT)[:, :, self.span :]
+        """The query side of `[M, T, ...]`: a view `[M, num, first_rows, ...]`."""
+        return self._pairs(x_MT)[:, :, self.span :][:, :, : self.first_rows]
 
     def even(self, x_MT: Tensor) -> Tensor:
-        """The key side of `[M, T, ...]`: a view `[M, num, span, ...]`."""
-        return self._pairs(x_MT)[:, :, : self.span]
+        """The key side of `[M, T, ...]`: a view `[M, num, last_keys, ...]`."""
+        first = 0 if self.last_keys is None else self.span - self.last_keys
+        return self._pairs(x_MT)[:, :, first : self.span]
 
     def _pairs(self, x_MT: Tensor) -> Tensor:
         length = self.span + self.rows

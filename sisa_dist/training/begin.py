@@ -16,8 +16,6 @@ from sisa_dist.training.run_folder import refuse_changes
 
 _log = logging.getLogger(__name__)
 
-_REMEDY = "set it as it was there, begin a new stage of the data (start.data=continue)"
-
 
 def begin(
     config: RunConfig,
@@ -71,7 +69,8 @@ def _load(
     if config.start.resume is not None:
         source = find_checkpoint(config.start.resume)
         if not accept_changes:
-            refuse_changes(source / "config.yaml", config, remedy=_REMEDY, new_stage=config.start.data == "continue")
+            new_stage = config.start.data == "continue"
+            refuse_changes(source / "config.yaml", config, remedy="set it as it was there", new_stage=new_stage)
         state = resume(source)
         _log.info("resumes %s at step %d", source, state.step)
         return state

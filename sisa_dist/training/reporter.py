@@ -34,6 +34,7 @@ class Reporter:
         self._metrics = Metrics(run_folder, config, step=state.step)
         self._digests = self._metrics.dropped_digests if same and state.step else {}
         self._shares = config.data.shares
+        self._skips_missing = config.data.on_missing == "skip"
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
     def step(
@@ -71,11 +72,11 @@ class Reporter:
             padding=batch.padding,
             skipped=result.skipped,
             skipped_steps=state.skipped,
+            **({"missing_windows": batch.missing_windows} if self._skips_missing else {}),
         )
         if result.skipped:
-            self._console.note(
-                state.step, f"skipped: loss {result.loss:.4f}, norm {result.grad_norm:.2f} (not finite, or a spike)"
-            )
+            why = f"loss {result.loss:.4f}, norm {result.grad_norm:.2f} (not finite, or a spike)"
+            self._console.note(state.step, f"skipped: {why if result.tokens else 'no label in it counts'}")
         self._console.step(state.step, loss=result.loss, lr=lr, grad_norm=result.grad_norm, tokens_per_second=rate)
 
     def layers(self, state: TrainState, layers: dict[str, list[float | None]]) -> None:

@@ -41,7 +41,7 @@ def open_data(config: RunConfig) -> RunData:
         tokenizer = Tokenizer.load(local)
     sources, validation = {}, {}
     for name, place in places.items():
-        train = open_split(place, "train", remote=remote)
+        train = open_split(place, "train", remote=remote, absent_ok=config.data.on_missing == "skip")
         if train is None:
             key = "data.folder" if mixture is None else f"data.mixture.{name}"
             raise UserError(f"{key}: {place}: no prepared data here: run `sisa prepare` for it first")
@@ -85,6 +85,7 @@ def open_loader(config: RunConfig, data: RunData, *, dp_rank: int = 0, dp_size: 
         shares=config.data.shares,
         prefetch=config.data.prefetch,
         read_threads=config.data.read_threads,
+        on_missing=config.data.on_missing,
     )
 
 

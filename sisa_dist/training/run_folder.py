@@ -30,6 +30,7 @@ _FREE = (
     "engine.overlap",
     "engine.check_every",
     "data.folder",
+    "data.on_missing",
     "data.cache_folder",
     "data.cache_gb",
     "data.retries",
@@ -91,12 +92,17 @@ def open_run_folder(
     mesh.barrier()
 
 
-def refuse_changes(stored: Path, config: RunConfig, *, remedy: str, new_stage: bool = False) -> None:
-    """Raises UserError where `config` goes on neither as the run whose config.yaml is `stored` nor as its new stage."""
+def refuse_changes(stored: Path, config: RunConfig, *, remedy: str, new_stage: bool | None = None) -> None:
+    """Raises UserError where `config` would not go on as the run whose config.yaml is `stored`.
+
+    `new_stage`: whether it may go on as a new stage of the data; None where that is not for a config to say.
+    """
     free = (*_FREE, *_OF_A_STAGE) if new_stage else _FREE
     differs = _first_difference(load_config(stored).model_dump(), config.model_dump(), free)
     if differs is not None:
         key, old, new = differs
+        if new_stage is False and key.startswith(_OF_A_STAGE):
+            remedy += ", begin a new stage of the data by start.data=continue"
         raise UserError(
             f"{stored.parent}: this run was started with {key}={old!r}, the config now says {new!r}: {remedy}, or "
             "continue with the change by --accept-changes"

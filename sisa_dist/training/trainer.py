@@ -20,6 +20,7 @@ from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.begin import begin
+from sisa_dist.training.missing import MissingShards
 from sisa_dist.training.profile import Profiler
 from sisa_dist.training.reporter import Reporter
 from sisa_dist.training.run_data import RunData, check_limits, held_out_batches, open_data, open_loader
@@ -104,6 +105,8 @@ def _loop(
     held_out, save_due = data.validation, False
     if held_out and state.evaluation_due and not _evaluate(config, mesh, held_out, engine, state, reporter, stop):
         raise _requeue(state, stop, reporter)
+    skips = training.steps > state.step and config.data.on_missing == "skip"
+    missing = MissingShards(loader, run_folder, mesh, step=state.step + 1) if skips else None
     with loader.steps(state.cursor) as batches, Profiler(training.profile, run_folder, mesh) as profiler:
         for step in range(state.step, training.steps):
             lr = learning_rate(step, peak=config.optimizer.lr, steps=training.steps, schedule=config.schedule)
@@ -111,6 +114,8 @@ def _loop(
             profiler.before(step + 1)
             mesh.enter("next batch", step=step + 1)
             batch = next(batches)
+            if missing:
+                batch = missing.agreed(batch, step=step + 1)
             waited = time.perf_counter() - started
             result = engine.train_step(batch.micro_batches, lr, stop=bool(stop))
             seconds = time.perf_counter() - started
@@ -140,6 +145,11 @@ def _loop(
 
 def _diverged(state: TrainState, result: StepResult, run_folder: Path) -> UserError:
     saved = list_checkpoints(run_folder)
+    if not result.tokens:
+        return UserError(
+            f"step {state.step}: no label counts in it, and the last {state.skipped_in_row} steps were skipped "
+            f"(training.max_skipped_steps): restore the shards in {run_folder / 'missing_shards.json'} and remove it"
+        )
     again = f"with --accept-changes, it resumes from {saved[-1].name}" if saved else "again, it starts anew"
     return UserError(
         f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: the last {state.skipped_in_row} "

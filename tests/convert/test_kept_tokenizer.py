@@ -99,7 +99,7 @@ def test_one_that_cannot_be_used_is_left_behind_and_said(theirs: Path, tmp_path:
     path.write_text(json.dumps({"eos_token": EOS}))
     config = json.loads((theirs / "config.json").read_text())
     assert open_checkpoint(theirs).tokenizer is not None and config["vocab_size"] == 400
-    with pytest.raises(UserError, match=r"neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(UserError, match="came without a tokenizer"):
         bare = tmp_path / "bare"
         (theirs / "tokenizer.json").unlink()
         load_model(made(theirs, bare, "native"))

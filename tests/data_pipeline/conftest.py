@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.prepare import prepare
 from samples import make_text
 from sisa_dist.config import RunConfig, parse_config
 
@@ -43,3 +44,29 @@ def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
         return parse_config(tree, source="test")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def two_folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two prepared folders of one tokenizer and different texts, to be read and never written."""
+    root = tmp_path_factory.mktemp("prepared")
+    made: list[Path] = []
+    for name, seeds in (("a", range(60)), ("b", range(100, 130))):
+        (root / f"text-{name}").mkdir()
+        for i in seeds:
+            (root / f"text-{name}" / f"{i:03d}.txt").write_text(make_text(i), encoding="utf-8")
+        tree = {
+            "model": {"vocab_size": 420, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 32, "d_s": 2},
+            "schedule": {"warmup_steps": 0},
+            "training": {"steps": 1, "seq_len": 16, "global_batch_tokens": 64},
+            "data": {
+                "input": str(root / f"text-{name}"),
+                "folder": str(root / name),
+                "member_tokens": 512,
+                "shard_members": 8,
+                "validation_fraction": 0.1,
+                "tokenizer": {"path": str(made[0] / "tokenizer.model")} if made else {},
+            },
+        }
+        made.append(prepare(parse_config(tree, source="test"), quiet=True))
+    return made[0], made[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,13 @@ def test_validation_is_the_same(folder: Path, served: Served) -> None:
     assert [b.tokens.tolist() for b in local] == [b.tokens.tolist() for b in remote] and len(local) > 10
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def last_begun(index: Index) -> tuple[str, int]:
     """The shard that is needed last for the first time, and the step that does."""
     of, first = loader(index), {}
@@ -198,9 +207,12 @@ def last_begun(index: Index) -> tuple[str, int]:
     return Path(path).name, first[path]
 
 
-def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it(folder: Path, served: Served) -> None:
+@pytest.mark.parametrize("connections", [1, 8])
+def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it(
+    folder: Path, served: Served, connections: int
+) -> None:
     """The server sits on one shard until the test lets it go; all up to the step that needs it is served meanwhile."""
-    remote = open_remote(served)
+    remote = open_remote(served, RemoteSettings(retries=3, connections=connections))
     local = Index.load(folder / "train")
     name, due = last_begun(local)
     released = threading.Event()
@@ -213,18 +225,17 @@ def test_a_slow_shard_holds_up_nothing_before_it_is_needed_nor_reading_behind_it
     with loader(local, prefetch=0).steps(0) as plain, loader(remote).steps(0) as stream:
         for _ in range(due):
             assert rows([next(stream)]) == rows([next(plain)])
-        asked_before = len(served.requests)
+        until(lambda: any(path.endswith(name) for path in served.requests))  # ahead: nobody has asked for the step yet
         waiting = threading.Thread(target=lambda: late.append(next(stream)))
         late: list[StepBatch] = []
         waiting.start()
         waiting.join(0.3)
         assert waiting.is_alive() and not late
-        assert any(path.endswith(name) for path in served.requests[:asked_before])
         released.set()
         waiting.join(60)
         assert rows(late) == rows([next(plain)])
         assert rows([next(stream) for _ in range(10)]) == rows([next(plain) for _ in range(10)])
-    assert served.parallel > 2
+    assert served.parallel > 2 or connections == 1
 
 
 def test_a_missing_shard_stops_the_run_when_it_is_due_and_not_before(folder: Path, served: Served) -> None:
@@ -237,3 +248,92 @@ def test_a_missing_shard_stops_the_run_when_it_is_due_and_not_before(folder: Pat
         for _ in range(2):
             with pytest.raises(UserError, match=rf"{name}: .*no such file"):
                 next(stream)
+
+
+def test_what_is_asked_for_ahead_is_bounded_and_nothing_is_left_over(folder: Path, served: Served) -> None:
+    """In memory without a cache: at most the members of the 2 × prefetch steps behind the last one handed out."""
+    remote = open_remote(served)
+    of = loader(remote)
+    remote.cache_bytes = 0  # hence the member read last is all that is kept, and the rest is asked for anew
+    assert remote.remote is not None
+    most = 0
+    with of.steps(0) as stream:
+        for step in range(3 * of.windows_per_epoch // 4):
+            next(stream)
+            held = list(remote.remote._asked)
+            ahead = {
+                remote._block(range_.member).key
+                for later in range(step, step + 1 + 2 * 4)
+                for place in of.window_ids(4 * later)
+                for run in of.stage.sources["train"].runs(place)
+                for range_ in run.ranges
+            }
+            assert set(held) <= ahead, "left over: it would lie in memory till the next epoch"
+            most = max(most, len(held))
+    assert 2 < most <= len(ahead)
+
+
+def test_what_is_being_read_is_not_asked_for_again(folder: Path, served: Served) -> None:
+    """Else it comes a second time, when its reader has been served, and nobody takes it out of memory."""
+    remote = open_remote(served)
+    assert remote.remote is not None
+    released, shard = threading.Event(), remote.shards[0]["name"]
+    served.fault = lambda path, number: None if released.wait(60) else 500
+    reader = threading.Thread(target=remote.read_member, args=(0,))
+    reader.start()
+    until(lambda: any(path.endswith(shard) for path in served.requests))
+    remote.ask([0])
+    assert not remote.remote._asked
+    released.set()
+    reader.join(60)
+    remote.ask([0])
+    assert not remote.remote._asked and sum(path.endswith(shard) for path in served.requests) == 1
+
+
+def test_a_forked_process_reads_with_threads_of_its_own(folder: Path, served: Served) -> None:
+    remote, local = open_remote(served), Index.load(folder / "train")
+    remote.ask(range(5))
+    assert remote.read_member(0).tolist() == local.read_member(0).tolist()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            remote.ask(range(len(remote.members)))
+            status = 0 if ids(remote) == ids(local) else 2
+        finally:
+            os._exit(status)
+    ended: list[tuple[int, int]] = []
+
+    def has_ended() -> bool:
+        ended.append(os.waitpid(child, os.WNOHANG))
+        return ended[-1][0] == child
+
+    until(has_ended)
+    assert ended[-1][1] == 0
+    assert ids(remote) == ids(local)
+
+
+@pytest.mark.parametrize("fault", ["redirect", "hang up"])
+def test_redirects_and_connections_that_close_are_followed_and_opened_anew(
+    folder: Path, served: Served, fault: str
+) -> None:
+    remote = open_remote(served)
+    served.fault = lambda path, number: fault if number % 3 == 0 and "moved" not in path else None
+    assert ids(remote) == ids(Index.load(folder / "train"))
+    if fault == "redirect":
+        assert traffic(remote)["retries"] == 0 and any(path.startswith("moved/") for path in served.requests)
+
+
+def test_an_index_that_changes_in_mid_run_is_the_next_runs(tmp_path: Path) -> None:
+    """A run keeps the index it began with; a new one that no longer fits the shards is refused by its name."""
+    write_split(tmp_path / "train", random_documents(3, 60))
+    write_split(tmp_path / "other", random_documents(4, 60))
+    with serve(tmp_path) as served:
+        remote = open_remote(served)
+        expected = ids(Index.load(tmp_path / "train"))
+        for name in ("index.json", "members.npy", "segments.npy", "token_counts.npy"):
+            shutil.copy(tmp_path / "other" / name, tmp_path / "train" / name)
+        assert ids(remote) == expected
+        assert open_remote(served).fingerprint != remote.fingerprint
+        with pytest.raises(UserError, match=r"000000\.tar: .*(not what was written|it ends before)"):
+            ids(open_remote(served))

@@ -162,10 +162,10 @@ class Here:
     def load(self, checkpoint: Path, mistake: str | None) -> None:
         for view in self.engine.state_tensors().values():  # what a load leaves out must not be right by chance
             local_memory(view).fill_(math.nan)
-        model, tokenizer, described = self.config.model, self.data.tokenizer, self.loader.describe()
+        model, tokenizer = self.config.model, self.data.tokenizer
         with mistaken(mistake):
             self.state = load_checkpoint(
-                checkpoint, self.engine, model=model, tokenizer=tokenizer, data=described, mesh=self.mesh
+                checkpoint, self.engine, model=model, tokenizer=tokenizer, loader=self.loader, mesh=self.mesh
             )
         same = self.engine.guard.state() == self.state.guard
         self.track = Track(loaded=_differences(self.engine, checkpoint, relative=False), guard=same)

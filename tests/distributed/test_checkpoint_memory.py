@@ -30,10 +30,10 @@ def measures(config: RunConfig, run: Path, foreign: Path) -> dict[str, int]:
     for view in views.values():  # zeros stand in no memory yet
         local_memory(view).normal_()
     found = {"state": num_bytes(views)}
-    model, tokenizer, described = config.model, here.data.tokenizer, here.loader.describe()
+    model, tokenizer = config.model, here.data.tokenizer
 
     def load(checkpoint: Path) -> None:
-        load_checkpoint(checkpoint, here.engine, model=model, tokenizer=tokenizer, data=described, mesh=here.mesh)
+        load_checkpoint(checkpoint, here.engine, model=model, tokenizer=tokenizer, loader=here.loader, mesh=here.mesh)
 
     with here.saver(run) as saver:
 

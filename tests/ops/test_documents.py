@@ -105,10 +105,9 @@ def test_nothing_passes_between_documents(dtype, decay, leaf):
             assert (g[:, :, 99] == 0).all(), n
 
 
-@pytest.mark.parametrize("mask_up_to", [0, 1024])
+@pytest.mark.parametrize("backend", ["auto", "products"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_plain_attention_with_documents(layout, mask_up_to, monkeypatch):
-    monkeypatch.setattr("sisa_dist.ops.attention.MASK_UP_TO", mask_up_to)
+def test_plain_attention_with_documents(layout, backend):
     x = {n: z for n, z in make(T, heads=4, kv_heads=2, d_v=12, dtype=torch.float32).items() if n in "qkv"}
     doc_ids = ids(LAYOUTS[layout], LAYOUTS["edges"])
 
@@ -117,7 +116,7 @@ def test_plain_attention_with_documents(layout, mask_up_to, monkeypatch):
         hidden = torch.ones(T, T, dtype=torch.bool).triu(1) | (doc_ids[:, :, None] != doc_ids[:, None, :])
         return (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden[:, None], float("-inf")).softmax(-1) @ v
 
-    got = value_and_gradients(x, causal_attention, doc_ids=doc_ids)
+    got = value_and_gradients(x, causal_attention, doc_ids=doc_ids, backend=backend)
     assert_close(
         got, value_and_gradients({n: z.detach().double().requires_grad_() for n, z in x.items()}, explicit), 1e-5
     )

@@ -22,7 +22,7 @@ class AttentionScore(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, *, doc_ids: Tensor | None, cache: AttentionCache | None
     ) -> Tensor:
         if cache is not None:
-            return cache.attend(q, k, v)
+            return cache.attend(q, k, v, doc_ids=doc_ids)
         return causal_attention(q, k, v, doc_ids=doc_ids, backend=self.backend)
 
 

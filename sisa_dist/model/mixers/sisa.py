@@ -78,7 +78,7 @@ class SisaScore(nn.Module):
 
     def forward(self, *qkvCB_log_alpha_theta_lam: Tensor, doc_ids: Tensor | None, cache: SisaCache | None) -> Tensor:
         if cache is not None:
-            return cache.attend(*qkvCB_log_alpha_theta_lam)
+            return cache.attend(*qkvCB_log_alpha_theta_lam, doc_ids=doc_ids)
         return sisa_attention(
             *qkvCB_log_alpha_theta_lam,
             doc_ids=doc_ids,
