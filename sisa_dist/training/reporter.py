@@ -16,7 +16,6 @@ from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 
-
 COLLAPSED = 0.01  # of its fair share of tokens: an expert with less learns next to nothing
 
 
@@ -104,8 +103,8 @@ class Reporter:
             others = f", and so did {len(starved) - 1} others" if starved[1:] else ""
             self._console.note(
                 state.step,
-                f"warning: expert {expert} of layer {layer} got {share:.2%} of its fair share of tokens{others}: routing "
-                "collapses; raise model.moe.balance_weight or bias_rate, or lower optimizer.lr",
+                f"warning: expert {expert} of layer {layer} got {share:.2%} of its fair share of tokens{others}: "
+                "routing collapses; raise model.moe.balance_weight or bias_rate, or lower optimizer.lr",
             )
 
     def evaluation(self, state: TrainState, losses: dict[str, float]) -> None:

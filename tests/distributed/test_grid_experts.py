@@ -11,25 +11,32 @@ from mixer_cases import MIXTURES
 
 ZERO1, ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (1, 2, 3))
 
-CASES = [
+FAST = [
+    case
+    for name in MIXTURES
+    for case in (
+        Case("tp4", name, 4, "uniform", "fp32", documents=True, tied=False),
+        Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
+        Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
+        Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3, checkpointing=True),
+    )
+]
+SLOW = [
     case
     for name in MIXTURES
     for case in (
         Case("tp2", name, 4, "uniform", "fp32"),
-        Case("tp4", name, 4, "uniform", "fp32", documents=True, tied=False),
-        Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
-        Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
         Case("dp2", name, 4, "uniform", "fp32", documents=True),
         Case("hsdp_2x2", name, 4, "uniform", "fp32"),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO1, tied=False),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2, checkpointing=True),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO3),
-        Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3, checkpointing=True),
     )
 ]
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: case.world_size), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_mixture_equals_one_process(case: Case) -> None:
     want = run_plain(case.reference())
     got = run_job(case.world_size, run_case, case)[0]

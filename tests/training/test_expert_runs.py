@@ -1,4 +1,4 @@
-"""A run with a mixture of experts: resumes to the bit, the bias too, on other ranks; loads are logged, a collapse told."""
+"""A run with experts: resumes to the bit, the bias too, on other ranks; loads are logged, a collapse is told."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sisa_dist.training.trainer import train
 BIAS = "model.blocks.1.mlp.router.bias"
 
 
-def mixed(tiny: RunConfig, folder: Path, *, steps: int = 4, **sections: Any) -> RunConfig:
+def mixed(tiny: RunConfig, folder: Path, **sections: Any) -> RunConfig:
     tree = tiny.model_dump()
     tree["model"] |= {"mlp": ["swiglu", "moe"], "moe": {"experts": 4, "d_ff": 16, "balance": "bias", "z_loss": 0.01}}
-    tree["training"] |= {"steps": steps, "checkpoint_every": 2}
+    tree["training"] |= {"steps": 4, "checkpoint_every": 2}
     tree["output_dir"] = str(folder)
     return parse_config(tree | sections, source="test")
 
@@ -31,11 +31,7 @@ def mixed(tiny: RunConfig, folder: Path, *, steps: int = 4, **sections: Any) -> 
 def test_a_run_resumes_to_the_bit_and_its_bias_with_it(tiny: RunConfig, tmp_path: Path) -> None:
     straight = mixed(tiny, tmp_path / "straight")
     train(straight, quiet=True)
-    train(mixed(tiny, tmp_path / "run", steps=2), quiet=True)
-    train(mixed(tiny, tmp_path / "run"), quiet=True, accept_changes=True)
-    first, second = (list_checkpoints(tmp_path / name)[-1] for name in ("straight", "run"))
-    # The schedule of the two-step run differs, so the check is of what was kept: the run from its own checkpoint.
-    assert tensors(first)[BIAS].shape == tensors(second)[BIAS].shape == (4,)
+    first = list_checkpoints(tmp_path / "straight")[-1]
     again = mixed(tiny, tmp_path / "again", start={"resume": str(list_checkpoints(tmp_path / "straight")[0])})
     train(again, quiet=True)
     assert_same_tensors(first, list_checkpoints(tmp_path / "again")[-1])
@@ -76,10 +72,12 @@ def _train_on(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("world_size", "sections"),
     [
-        (2, {"parallel": {"dp": 2}}),
+        pytest.param(2, {"parallel": {"dp": 2}}, marks=pytest.mark.slow),
         (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
         (2, {"parallel": {"dp": 2}, "engine": {"kind": "deepspeed", "zero_stage": 3}}),
-        (2, {"parallel": {"dp": 2}, "engine": {"kind": "deepspeed", "zero_stage": 1}}),
+        pytest.param(
+            2, {"parallel": {"dp": 2}, "engine": {"kind": "deepspeed", "zero_stage": 1}}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_checkpoint_goes_on_in_any_layout(

@@ -28,8 +28,8 @@ def check_backend(wanted: str, device: torch.device) -> None:
 def choose(device: torch.device, dtype: torch.dtype, wanted: str, aligned: bool = True) -> str:
     """The name in BACKENDS that serves. `auto` takes what was installed on purpose, then PyTorch's, then the loop.
 
-    `aligned`: the widths are multiples of 16 bytes. Raises UserError where the wanted one cannot serve; `torch` falls to the loop where PyTorch has no kernel, which is
-    the same function and is said.
+    `aligned`: the widths are multiples of 16 bytes. Raises UserError where the wanted one cannot serve; `torch` falls
+    to the loop where PyTorch has no kernel, which is the same function and is said.
     """
     check_backend(wanted, device)
     if wanted == "megablocks":
