@@ -101,6 +101,8 @@ class Fetcher:
                     ) from None
                 if reason := _permanent(error, url):
                     raise UserError(f"{url}: cannot be read ({reason})") from None
+                if not threading.main_thread().is_alive():  # the interpreter is leaving: nothing can be read any more
+                    raise UserError(f"{url}: not read, the process ends") from None
                 last = error
                 log.warning("%s: try %d of %d: %s", url, attempt + 1, self.settings.retries + 1, _line(error))
                 continue

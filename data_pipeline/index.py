@@ -29,6 +29,7 @@ from data_pipeline.index_files import (
 )
 from data_pipeline.places import Place, is_url, join
 from data_pipeline.remote_shards import Block, RemoteShards
+from data_pipeline.seen import Seen
 from sisa_dist.config import UserError
 
 _CACHE_BYTES = 64 << 20  # of ids; about two members a lane are in use at a time, of 2 MB at 1 048 576 ids of uint16
@@ -101,6 +102,10 @@ class Index:
     def shard_paths(self) -> list[str]:
         """Where each shard is: a file or URL."""
         return [join(self.folder, shard["name"]) for shard in self.shards]
+
+    @cached_property
+    def _seen(self) -> Seen:
+        return Seen(len(self.members))
 
     @property
     def tokens(self) -> NDArray[np.int64]:
@@ -196,12 +201,17 @@ class Index:
             payload = self.remote.read(block)
         else:
             try:
-                with open(block.url, "rb", buffering=0) as file:
-                    payload = os.pread(file.fileno(), block.stop - block.start, block.start)
+                file = os.open(block.url, os.O_RDONLY)
+                try:
+                    payload = os.pread(file, block.stop - block.start, block.start)
+                finally:
+                    os.close(file)
             except FileNotFoundError:
                 raise Missing(f"{block.url}: the shard is missing: {AGAIN}") from None
             except OSError as error:
                 raise UserError(f"{block.url}: cannot be read ({error.strerror}): {AGAIN}") from None
+            if self._seen.same(member, payload):
+                return np.frombuffer(payload, dtype=self.dtype)
             if member_hash(payload).hex() != block.key:
                 raise UserError(
                     f"{block.url}: {block.name} is not what was written (cut short or changed, perhaps replaced since "
@@ -212,6 +222,7 @@ class Index:
             raise UserError(
                 f"{block.url}: {block.name} holds the id {found.max()} of a vocabulary of {self.vocab_size}: {AGAIN}"
             )
+        self._seen.accept(member, payload)
         return found
 
     def block(self, member: int) -> Block:

@@ -131,6 +131,10 @@ def _remote_files(entry: str) -> list[InputFile]:
         files = [_remote_file(filesystem, path) for path in paths]
     except UserError:
         raise
+    except ImportError as error:
+        extra = {"s3": "s3", "http": "http", "https": "http"}.get(entry.partition("://")[0])
+        remedy = f"pip install 'sisa-dist[{extra}]'" if extra else "install it"
+        raise UserError(f"data.input: {entry}: cannot be reached ({one_line(error)}): {remedy}") from None
     except Exception as error:  # each file system has its own
         raise UserError(f"data.input: {entry}: cannot be reached ({one_line(error)}): mend it, or try later") from None
     if not files:

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data_pipeline.order import EpochOrder, Range
+from data_pipeline.order import EpochOrder, Int64, Pieces, Range
 
 
 class Run(NamedTuple):
@@ -67,16 +67,27 @@ class Numbering(Protocol):
         """Slots of that window; the rest of its seq_len is padding."""
         ...
 
+    def fills(self, numbers: Int64) -> int:
+        """Their sum over windows."""
+        ...
+
+    def pieces(self, numbers: Int64) -> Pieces | None:
+        """The windows whose inputs are one piece of one member; None where that is not looked for.
+
+        A short cut for reading: `window` is the truth.
+        """
+        ...
+
 
 class Stream:
     """Every token but the last is an input, every token but the first its label."""
 
     def __init__(self, order: EpochOrder) -> None:
-        self._order = order
+        self.order = order
         self.slots = max(0, int(order.ends[-1]) - 1)
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        return [Run(tuple(self._order.locate(start, stop + 1)), stop - start)]
+        return [Run(tuple(self.order.locate(start, stop + 1)), stop - start)]
 
 
 class Cut:
@@ -119,3 +130,12 @@ class Concat:
 
     def fill(self, number: int) -> int:
         return self.first_slot(number + 1) - self.first_slot(number)
+
+    def fills(self, numbers: Int64) -> int:
+        short = int(np.count_nonzero(numbers == self.count - 1))
+        return len(numbers) * self._seq_len - short * (self.count * self._seq_len - self.slots)
+
+    def pieces(self, numbers: Int64) -> Pieces | None:
+        if isinstance(self.line, Stream):
+            return self.line.order.pieces(numbers * self._seq_len, self._seq_len)
+        return None

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 
+from data_pipeline.buffers import Buffers
 from data_pipeline.fetch import Missing
 from data_pipeline.index import Index
 from data_pipeline.lines import Concat, Stream
-from data_pipeline.order import stored_order
+from data_pipeline.order import Int64, stored_order
 from data_pipeline.read_ahead import ReadAhead
-from data_pipeline.source import Packing, Place
+from data_pipeline.rows import Rows
+from data_pipeline.source import Packing, Place, Places
 from data_pipeline.stage import Stage
 from data_pipeline.window import IGNORE, Batch, Without, read_window, stack, wants
 from sisa_dist.config import UserError
@@ -90,6 +92,11 @@ class Loader:
         self._prefetch, self._threads = prefetch, read_threads
         self._skips = on_missing == "skip"
         self.without: frozenset[str] = frozenset()  # SOURCE/SHARD: what is read from now on does without them
+        self._buffers = Buffers(
+            (global_batch_windows // dp_size, seq_len),
+            arrays=3 if document_mask else 2,
+            most=prefetch + 2,  # one that is trained on, and one that is being made for who waits
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -125,15 +132,15 @@ class Loader:
 
     def window_ids(self, cursor: int) -> list[Place]:
         """Every slot of the global batch at `cursor`."""
-        return [self.stage.place(window) for window in range(cursor, cursor + self._global)]
+        found: dict[int, Place] = {}
+        for name, slots, places in self._places(cursor):
+            rows = zip(slots.tolist(), places.epochs.tolist(), places.windows.tolist(), strict=True)
+            found |= {slot: Place(name, epoch, window) for slot, epoch, window in rows}
+        return [found[slot] for slot in range(self._global)]
 
     def digest(self, cursor: int) -> str:
         """StepBatch.digest of the step at `cursor`, without reading it."""
-        return self._digest(self.window_ids(cursor))
-
-    def _digest(self, places: list[Place]) -> str:
-        ids = [tuple(place) for place in places] if self.stage.mixture else [(p.epoch, p.window) for p in places]
-        return hashlib.blake2b(f"{self.stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
+        return self._digest(cursor, self._places(cursor))
 
     def traffic(self) -> dict[str, int] | None:
         """What this process asked of servers and disk cache so far, over its sources; None where all is local."""
@@ -147,52 +154,71 @@ class Loader:
                 self._ask(cursor + ahead * self._global)
         return self._step(cursor + number * self._global)
 
+    def _places(self, cursor: int) -> list[tuple[str, Int64, Places]]:
+        return self.stage.places(cursor, cursor + self._global)
+
+    def _mine(self, slots: Int64, places: Places) -> tuple[Int64, Places]:
+        """Those of this rank: their rows in its part of the batch, and the windows."""
+        if self._dp_size == 1:
+            return slots, places
+        chosen = slots % self._dp_size == self._dp_rank
+        return slots[chosen] // self._dp_size, places.every(chosen)
+
     def _ask(self, cursor: int) -> None:
-        places = self.window_ids(cursor)
-        wanted: dict[str, dict[int, None]] = {}
-        for slot in range(self._dp_rank, self._global, self._dp_size):
-            members = wanted.setdefault(places[slot].source, {})
-            for run in self.stage.sources[places[slot].source].runs(places[slot]):
-                members |= dict.fromkeys(range_.member for range_ in run.ranges)
-        for name, members in wanted.items():
+        for name, slots, places in self._places(cursor):
+            source, members = self.stage.sources[name], dict[int, None]()
+            _, mine = self._mine(slots, places)
+            for epoch, window in zip(mine.epochs.tolist(), mine.windows.tolist(), strict=True):
+                for run in source.runs(Place(name, epoch, window)):
+                    members |= dict.fromkeys(range_.member for range_ in run.ranges)
             index, absent = self._indexes[name], _of(name, self.without)
             index.ask([m for m in members if not absent or index.shard_name(m) not in absent])
 
     def _step(self, cursor: int) -> StepBatch:
-        stage, places = self.stage, self.window_ids(cursor)
-        known = self.without
+        stage, found, known = self.stage, self._places(cursor), self.without
         without = {name: Without(_of(name, known)) for name in self._indexes} if self._skips else {}
-        slots = range(self._dp_rank, self._global, self._dp_size)
-        mine = [self._read(places[slot], without.get(places[slot].source)) for slot in slots]
-        for name, found in without.items():
-            if found.found:
+        rows = Rows(*self._buffers.take())
+        filled = 0
+        for name, slots, places in found:
+            filled += stage.sources[name].fills(places)
+            at, mine = self._mine(slots, places)
+            if len(at):
+                self._read(rows, name, at, mine, without.get(name))
+        for name, missing in without.items():
+            if missing.found:
                 self._indexes[name].check_folder()
-        batches = [stack(mine[i : i + self._micro]) for i in range(0, len(mine), self._micro)]
-        digest = self._digest(places)
-        targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        filled = sum(stage.sources[place.source].fill(place) for place in places)
         return StepBatch(
-            batches,
+            rows.batches(self._micro),
             cursor + self._global,
-            digest,
-            targets,
+            self._digest(cursor, found),
+            rows.targets,
             1 - filled / (self._global * stage.seq_len),
             without=known,
             found_missing=frozenset(f"{name}/{shard}" for name, w in without.items() for shard in w.found),
-            missing_windows=sum(self._wants(place, without[place.source].known) for place in places) if known else 0,
+            missing_windows=self._num_missing(cursor, without) if known else 0,
         )
 
-    def _read(self, place: Place, without: Without | None) -> Batch:
-        source, stage = self.stage.sources[place.source], self.stage
-        runs = source.runs(place)
+    def _read(self, rows: Rows, name: str, at: Int64, places: Places, without: Without | None) -> None:
         try:
-            return read_window(source.index, runs, stage.seq_len, document_mask=stage.document_mask, without=without)
+            rows.read(self.stage.sources[name], at, places, without)
         except Missing as error:
             raise Missing(f"{error}, or go on without it by data.on_missing=skip") from None
 
-    def _wants(self, place: Place, shards: Collection[str]) -> bool:
-        source = self.stage.sources[place.source]
-        return any(wants(source.index, run, shards) for run in source.runs(place))
+    def _num_missing(self, cursor: int, without: Mapping[str, Without]) -> int:
+        sources = self.stage.sources
+        return sum(
+            any(wants(sources[p.source].index, run, without[p.source].known) for run in sources[p.source].runs(p))
+            for p in self.window_ids(cursor)
+        )
+
+    def _digest(self, cursor: int, found: list[tuple[str, Int64, Places]]) -> str:
+        ids: list[Any]
+        if self.stage.mixture is None:
+            ((_, _, places),) = found
+            ids = list(zip(places.epochs.tolist(), places.windows.tolist(), strict=True))
+        else:
+            ids = [tuple(place) for place in self.window_ids(cursor)]
+        return hashlib.blake2b(f"{self.stage.digest_key} {ids}".encode(), digest_size=8).hexdigest()
 
 
 def _of(source: str, shards: Collection[str]) -> frozenset[str]:

@@ -42,6 +42,13 @@ class Mixture:
         name = self.names[number]
         return name, periods * self.per_period[name] + int(self._before[number, place])
 
+    def served(self, windows: Int64) -> tuple[Int64, Int64]:
+        """`source` of many at once: (number among `names`, which of that source's own), [n] both."""
+        periods, places = np.divmod(windows, PERIOD)
+        numbers = self._pattern[places]
+        per_period = np.array(list(self.per_period.values()), np.int64)
+        return numbers, periods * per_period[numbers] + self._before[numbers, places]
+
     def counts(self, windows: int) -> dict[str, int]:
         """How many of the mixture's first `windows` are each source's."""
         periods, place = divmod(windows, PERIOD)

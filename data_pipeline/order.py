@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,25 @@ class Range(NamedTuple):
     stop: int
 
 
+class Pieces(NamedTuple):
+    """Stretches that are each one piece of one member; int64 [n] all. The member is −1 of those that are not."""
+
+    members: Int64
+    starts: Int64
+    follows: Int64  # the member of the token behind the piece: the same, or another whose first token it is
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """An epoch's stream. members: as the stream has them; ends: cumulative token counts in that order, int64 both."""
 
     members: Int64
     ends: Int64
+
+    @cached_property
+    def tokens(self) -> Int64:
+        """Of each member, in that order."""
+        return np.diff(self.ends, prepend=0)
 
     def locate(self, start: int, stop: int) -> list[Range]:
         """Where tokens start … stop-1 of the stream are (fewer where it ends first), in stream order."""
@@ -44,6 +58,14 @@ class EpochOrder:
             ranges.append(Range(int(self.members[slot]), start - begin, upto - begin))
             start, slot = upto, slot + 1
         return ranges
+
+    def pieces(self, starts: Int64, count: int) -> Pieces:
+        """Of `count` tokens from each of `starts`, which are in the stream, and the one behind them."""
+        slots = np.searchsorted(self.ends, starts, side="right")
+        members, ends, stops = self.members[slots], self.ends[slots], starts + count
+        follows = self.members[np.minimum(slots + (stops == ends), len(self.members) - 1)]
+        whole = (stops <= ends) & (stops < self.ends[-1])
+        return Pieces(np.where(whole, members, -1), starts - (ends - self.tokens[slots]), follows)
 
 
 def epoch_order(tokens: Int64, *, seed: int, source: str, epoch: int) -> EpochOrder:
@@ -83,6 +105,14 @@ def lane_entry(served: int, windows: int, lanes: int) -> int:
     size, larger = divmod(windows, lanes)
     entry, lane = divmod(served, lanes)
     return lane * size + min(lane, larger) + entry
+
+
+def lane_entries(served: Int64, windows: int, lanes: int) -> Int64:
+    """`lane_entry` of many at once."""
+    size, larger = divmod(windows, lanes)
+    entry, lane = np.divmod(served, lanes)
+    found: Int64 = lane * size + np.minimum(lane, larger) + entry
+    return found
 
 
 def unread(served: int, windows: int, lanes: int) -> list[tuple[int, int]]:

@@ -196,6 +196,12 @@ class Packed:
     def fill(self, number: int) -> int:
         return self.first_slot(number + 1) - self.first_slot(number)
 
+    def fills(self, numbers: Int64) -> int:
+        return sum(self.fill(number) for number in numbers.tolist())
+
+    def pieces(self, numbers: Int64) -> None:
+        return None  # a bin is many
+
     def runs(self, start: int, stop: int) -> list[Run]:
         found = []
         while start < stop:

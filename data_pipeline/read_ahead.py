@@ -10,8 +10,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from data_pipeline.leaving import join, stop_at_exit
+
 T = TypeVar("T")
-_LEAVE = 2.0  # seconds a thread is waited for at the end: one that waits for a dead server is left behind
 
 
 class ReadAhead(Generic[T]):
@@ -31,16 +32,22 @@ class ReadAhead(Generic[T]):
 
     def __enter__(self) -> ReadAhead[T]:
         self._threads = [threading.Thread(target=self._work, name="loader", daemon=True) for _ in range(self._number)]
+        stop_at_exit(self)
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+        join(self._threads)
+
+    def stop(self) -> None:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(_LEAVE)
+
+    def threads(self) -> list[threading.Thread]:
+        return self._threads
 
     def __iter__(self) -> ReadAhead[T]:
         return self

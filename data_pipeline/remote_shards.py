@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.fetch import Fetcher
+from data_pipeline.leaving import stop_at_exit
 from sisa_dist.config import UserError
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ class RemoteShards:
     def _begin(self) -> None:
         """With no thread and nothing asked for: at first, and in a forked process, where threads do not come along."""
         self._asked: dict[str, Future[bytes | None]] = {}
-        self._jobs: queue.SimpleQueue[tuple[Block, Future[bytes | None]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Block, Future[bytes | None]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._stop = False
         self._lock = threading.Lock()
 
     def ask(self, blocks: Iterable[Block]) -> None:
@@ -84,7 +86,8 @@ class RemoteShards:
                     future: Future[bytes | None] = Future()
                     self._asked[block.key] = future
                     self._jobs.put((block, future))
-            # Daemons: a run that ends, by an error too, does not wait for a server that does not answer.
+            # Daemons: a run that ends, by an error too, does not wait long for a server that does not answer.
+            stop_at_exit(self)
             while self._asked and len(self._threads) < self._connections:
                 self._threads.append(threading.Thread(target=self._work, name="fetch", daemon=True))
                 self._threads[-1].start()
@@ -96,9 +99,18 @@ class RemoteShards:
         found = asked.result() if asked is not None else None
         return self._find(block, asked=asked is not None)[0] if found is None else found
 
+    def stop(self) -> None:
+        """Its threads end after what they are fetching; what was asked for besides is never there."""
+        self._stop = True
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def threads(self) -> list[threading.Thread]:
+        return self._threads
+
     def _work(self) -> None:
-        while True:
-            block, future = self._jobs.get()
+        while (job := self._jobs.get()) is not None and not self._stop:
+            block, future = job
             try:
                 payload, on_disk = self._find(block)
             except BaseException as error:

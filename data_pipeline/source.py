@@ -7,12 +7,15 @@ sequence length and packing; after them come whole epochs again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from data_pipeline.index import Index
 from data_pipeline.lines import Concat, Cut, Line, Numbering, Run, Stream
-from data_pipeline.order import Int64, epoch_order, lane_entry, member_order, num_windows, unread
+from data_pipeline.order import Int64, Pieces, epoch_order, lane_entries, member_order, num_windows, unread
 from data_pipeline.packing import Bins, Documents, Packed, Rest, group_tokens
 from sisa_dist.config import UserError
 
@@ -25,6 +28,17 @@ class Place(NamedTuple):
     source: str
     epoch: int
     window: int
+
+
+class Places(NamedTuple):
+    """Windows of one source in the order in which they are served, so that epochs do not fall; int64 [n] both."""
+
+    epochs: Int64
+    windows: Int64
+
+    def every(self, chosen: Any) -> Places:
+        """Those that `chosen` picks: a slice, a mask or numbers that rise."""
+        return Places(self.epochs[chosen], self.windows[chosen])
 
 
 class Source:
@@ -75,12 +89,15 @@ class Source:
         """Epochs behind the run after `served` windows of this stage."""
         return self._first_epoch + (served - self.rest_windows) / self.windows
 
-    def place(self, served: int) -> Place:
-        """The window served as number `served` of this source in this stage."""
-        if self._rest and served < self.rest_windows:
-            return Place(self.name, self._rest["epoch"], lane_entry(served, self.rest_windows, self._lanes))
-        epoch, number = divmod(served - self.rest_windows, self.windows)
-        return Place(self.name, self._first_epoch + epoch, lane_entry(number, self.windows, self._lanes))
+    def places(self, served: Int64) -> Places:
+        """The windows served as numbers `served` of this source in this stage, which do not fall."""
+        rest = self.rest_windows
+        epochs, numbers = np.divmod(served - rest, self.windows)
+        found = Places(self._first_epoch + epochs, lane_entries(numbers, self.windows, self._lanes))
+        if self._rest and (of_rest := int(np.searchsorted(served, rest))):
+            found.epochs[:of_rest] = self._rest["epoch"]
+            found.windows[:of_rest] = lane_entries(served[:of_rest], rest, self._lanes)
+        return found
 
     def runs(self, place: Place) -> list[Run]:
         return self._numbering(place.epoch).window(place.window)
@@ -88,6 +105,18 @@ class Source:
     def fill(self, place: Place) -> int:
         """Slots of the window that hold a token."""
         return self._numbering(place.epoch).fill(place.window)
+
+    def fills(self, places: Places) -> int:
+        """Slots of the windows that hold a token, together."""
+        return sum(self._numbering(epoch).fills(windows) for epoch, windows in _by_epoch(places))
+
+    def pieces(self, places: Places) -> Pieces:
+        """See Numbering.pieces."""
+        found = []
+        for epoch, windows in _by_epoch(places):
+            pieces = self._numbering(epoch).pieces(windows)
+            found.append(pieces or Pieces(np.full_like(windows, -1), windows, windows))
+        return found[0] if len(found) == 1 else Pieces(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def frozen(self, served: int) -> dict[str, Any]:
         """JSON: the next whole epoch, and what is unread of the one before after `served` windows of this stage."""
@@ -165,6 +194,17 @@ class Source:
     @property
     def _plans(self) -> int:
         return 2 * self._lanes + 8
+
+
+def _by_epoch(places: Places) -> Iterator[tuple[int, Int64]]:
+    first, last = int(places.epochs[0]), int(places.epochs[-1])
+    if first == last:
+        yield first, places.windows
+        return
+    for epoch in range(first, last + 1):
+        a, b = np.searchsorted(places.epochs, [epoch, epoch + 1])
+        if a < b:
+            yield epoch, places.windows[a:b]
 
 
 class _shuffle:

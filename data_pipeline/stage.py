@@ -12,11 +12,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from data_pipeline.index import Index
 from data_pipeline.mixture import MIXTURE_VERSION, Mixture
-from data_pipeline.order import ORDER_VERSION
+from data_pipeline.order import ORDER_VERSION, Int64
 from data_pipeline.packing import PACKING_VERSION
-from data_pipeline.source import Packing, Place, Source
+from data_pipeline.source import Packing, Place, Places, Source
 from sisa_dist.config import UserError
 
 
@@ -65,10 +67,21 @@ class Stage:
         self.digest_key = self.fingerprint if begun is None else _hash(self.fingerprint + json.dumps(begun))
 
     def place(self, window: int) -> Place:
+        ((name, _, places),) = self.places(window, window + 1)
+        return Place(name, int(places.epochs[0]), int(places.windows[0]))
+
+    def places(self, first: int, stop: int) -> list[tuple[str, Int64, Places]]:
+        """Windows first … stop-1 by source: (its name, their numbers less `first`, rising, and their places in it)."""
+        windows = np.arange(first, stop)
         if self.mixture is None:
-            return self._only.place(window)
-        name, served = self.mixture.source(window)
-        return self.sources[name].place(served)
+            return [(self._only.name, windows - first, self._only.places(windows))]
+        numbers, served = self.mixture.served(windows)
+        found = []
+        for number, name in enumerate(self.mixture.names):
+            slots = np.flatnonzero(numbers == number)
+            if len(slots):
+                found.append((name, slots, self.sources[name].places(served[slots])))
+        return found
 
     def counts(self, windows: int) -> dict[str, int]:
         """How many of this stage's first `windows` windows are each source's."""

@@ -48,21 +48,38 @@ class Without:
     found: set[str] = field(default_factory=set)
 
 
-def read_window(
-    index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool, without: Without | None = None
-) -> Batch:
-    """The runs side by side as a batch of one row; what they leave of it is padded with eos and ignored labels.
+def read_window(index: Index, runs: Sequence[Run], seq_len: int, *, document_mask: bool) -> Batch:
+    """The runs as a batch of one row, see fill_row."""
+    tokens, labels = np.empty(seq_len, np.int64), np.empty(seq_len, np.int64)
+    doc_ids = np.empty(seq_len, np.int64) if document_mask else None
+    fill_row(index, runs, tokens, labels, doc_ids)
+    return Batch(
+        torch.from_numpy(tokens)[None],
+        torch.from_numpy(labels)[None],
+        None if doc_ids is None else torch.from_numpy(doc_ids)[None],
+    )
+
+
+def fill_row(
+    index: Index,
+    runs: Sequence[Run],
+    tokens: Int64,
+    labels: Int64,
+    doc_ids: Int64 | None,
+    *,
+    without: Without | None = None,
+) -> int:
+    """Writes the runs side by side into `tokens` and `labels` [T]; what they leave is padded with eos and ignored
+    labels. Returns how many labels count.
 
     A run of which a part lies in a shard that is done `without` has eos for every token and no label that counts, and
     keeps its doc_ids; without a Without, a missing shard raises Missing.
 
-    With document_mask each run, and in it each document, has its own doc_id, the padding one more, and the label that
+    With `doc_ids` [T] each run, and in it each document, has its own doc_id, the padding one more, and the label that
     crosses from one into the next is ignored.
     """
-    tokens = np.full(seq_len, index.eos_id, dtype=np.int64)
-    labels = np.full(seq_len, IGNORE, dtype=np.int64)
-    doc_ids = np.empty(seq_len if document_mask else 0, dtype=np.int64)
-    position, document = 0, -1
+    seq_len, targets, position, document = len(tokens), 0, 0, -1
+    labels[:] = IGNORE
     for number, run in enumerate(runs):
         ids = _read_run(index, run, without)
         absent = ids is None
@@ -72,19 +89,22 @@ def read_window(
         # The very last token stands as an input too where there is room, though nothing is asked behind it.
         inputs = min(len(ids), seq_len - position) if number == len(runs) - 1 else run.inputs
         tokens[position : position + inputs] = ids[:inputs]
-        labels[position : position + count] = IGNORE if absent else ids[1:]
-        if document_mask:
+        if not absent:
+            labels[position : position + count] = ids[1:]
+            targets += count
+        if doc_ids is not None:
             documents = document_of(index, run.ranges) + document + 1
-            labels[position : position + count][documents[1:] != documents[:-1]] = IGNORE
+            if not absent:
+                crossing = documents[1:] != documents[:-1]
+                labels[position : position + count][crossing] = IGNORE
+                targets -= int(np.count_nonzero(crossing))
             doc_ids[position : position + inputs] = documents[:inputs]
             document = int(documents[inputs - 1])
         position += inputs
-    doc_ids[position:] = document + 1
-    return Batch(
-        torch.from_numpy(tokens)[None],
-        torch.from_numpy(labels)[None],
-        torch.from_numpy(doc_ids)[None] if document_mask else None,
-    )
+    tokens[position:] = index.eos_id
+    if doc_ids is not None:
+        doc_ids[position:] = document + 1
+    return targets
 
 
 def wants(index: Index, run: Run, shards: Collection[str]) -> bool:

@@ -243,7 +243,7 @@ def test_a_half_made_environment_is_made_anew_and_a_whole_one_kept(clone: Path) 
 
 def test_help_names_every_command(clone: Path) -> None:
     said = subprocess.run(["bash", str(clone / "launch.sh"), "help"], capture_output=True, text=True).stdout
-    for command in ("quickstart", "test", "train CONFIG", "prepare|eval|lm-eval|generate|doctor", "setup"):
+    for command in ("quickstart", "test", "train CONFIG", "prepare|data|eval|lm-eval|generate|doctor", "setup"):
         assert f"./launch.sh {command}" in said
     for way in ("NPROC=", "HOSTFILE=", "RDZV=", "sbatch tools/slurm_train.sbatch"):
         assert way in said

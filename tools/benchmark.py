@@ -7,6 +7,7 @@
     python tools/benchmark.py save [--set K=V] [--folder F]  what a save takes, and what of it training waits for
     python tools/benchmark.py documents [--length 2048]      packed ÷ unpacked, time and memory (benchmark_documents.py)
     python tools/benchmark.py loader CONFIG                  the loader alone, tokens/s, on prepared data
+    python tools/benchmark.py data                           it and others' loaders on the same tokens
 
 A tool, never a timed test: it asserts nothing. `--json FILE` keeps the figures.
 """
@@ -27,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_data
 import benchmark_documents
 import torch
 
@@ -65,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     loader = commands.add_parser("loader")
     loader.add_argument("config", type=Path)
     loader.add_argument("--set", dest="overrides", action="append", default=[])
+    benchmark_data.add_parser(commands)
     arguments = parser.parse_args(argv)
     command = {
         "step": _step,
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         "save": _save,
         "documents": lambda arguments: benchmark_documents.measure(arguments, _in_turns),
         "loader": _loader,
+        "data": benchmark_data.data,
     }
     figures = command[arguments.command](arguments)
     if int(os.environ.get("RANK", "0")):

@@ -108,7 +108,7 @@ def _open_held_out(
     folder: Place, tokenizer: Tokenizer, checkpoint: Path, remote: RemoteSettings
 ) -> tuple[Index, Index] | str:
     """(train, validation), or why there is no held-out text."""
-    train = open_split(folder, "train", remote=remote)
+    train = open_split(folder, "train", remote=remote, absent_ok=True)  # only its counts are read
     if train is None:
         return f"no prepared data in {folder} (set data.folder to where it is)"
     validation = open_split(folder, "validation", remote=remote)

@@ -23,7 +23,7 @@ MakeConfig = Callable[..., RunConfig]
 
 INJECT = """
     import os, signal, sys
-    from data_pipeline import building, cutting, index, prepare as module, shards, tokenizer, tokenising
+    from data_pipeline import building, cutting, index, index_writer, prepare as module, shards, tokenizer, tokenising
     from sisa_dist.config import load_config
 
     def die(*args, **kwargs):
@@ -52,8 +52,8 @@ POINTS = {
     "some members": "shards.ShardWriter._flush = after(shards.ShardWriter._flush, 7)",
     "a slice without its notes": "tokenising.write_json = die",
     "a partition without its notes": "cutting.np.savez = die",
-    "before an index": "cutting.write_index = die",
-    "between the indexes": "cutting.write_index = after(cutting.write_index, 1)",
+    "before an index": "index_writer.write_index = die",
+    "between the indexes": "index_writer.write_index = after(index_writer.write_index, 1)",
     "before the rename": "building.os.replace = at_rename('/data')",
     "after the rename": "building.shutil.rmtree = after(building.shutil.rmtree, 0)",
 }
@@ -126,9 +126,11 @@ def test_kills_at_random_moments(corpus_folder: Path, make_config: MakeConfig, t
 def test_two_at_once_do_not_mix(corpus_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(str(corpus_folder))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    pause = "cutting.write_index = lambda *a, **k: (print('here', flush=True), sys.stdin.readline(), real(*a, **k))"
+    pause = (
+        "index_writer.write_index = lambda *a, **k: (print('here', flush=True), sys.stdin.readline(), real(*a, **k))"
+    )
     script = INJECT.format(
-        patch=f"real = cutting.write_index; {pause}", config=str(tmp_path / "config.yaml"), force=False
+        patch=f"real = index_writer.write_index; {pause}", config=str(tmp_path / "config.yaml"), force=False
     )
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -262,7 +262,7 @@ def test_what_is_asked_for_ahead_is_bounded_and_nothing_is_left_over(folder: Pat
             next(stream)
             held = list(remote.remote._asked)
             ahead = {
-                remote._block(range_.member).key
+                remote.block(range_.member).key
                 for later in range(step, step + 1 + 2 * 4)
                 for place in of.window_ids(4 * later)
                 for run in of.stage.sources["train"].runs(place)

@@ -15,6 +15,7 @@ from corpora import SMALL, write_corpus
 from data_pipeline import fetch
 from data_pipeline.fetch import Fetcher, Gone, Missing, RemoteSettings
 from data_pipeline.index import Index
+from data_pipeline.inputs import list_files
 from data_pipeline.prepare import prepare
 from data_pipeline.prepared import open_split
 from runs import losses
@@ -211,3 +212,23 @@ def test_prepare_reads_text_in_a_bucket(s3: S3, tiny: RunConfig, tmp_path: Path)
     named = ("prepared.json", "tokenizer_card.json")  # they say where the text was
     shards = [{k: v for k, v in contents(where).items() if k not in named} for where in made]
     assert shards[0] == shards[1] and any(name.endswith(".tar") for name in shards[0])
+
+
+def test_text_that_cannot_be_listed_is_one_line(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/\*\.jsonl: ") as caught:
+        list_files("s3://no-such-bucket/*.jsonl")
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    forget()
+    with pytest.raises(UserError, match=r"s3://split/\*\.jsonl: cannot be reached \(Unable to locate credentials"):
+        list_files("s3://split/*.jsonl")
+
+
+@pytest.mark.parametrize("place", ["s3://split/a.jsonl", "s3://split/train"])
+def test_without_s3fs_the_remedy_is_named(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(UserError, match=r"Install s3fs to access S3\)?: pip install 'sisa-dist\[s3\]'"):
+        list_files(place) if place.endswith("jsonl") else Index.load(place)

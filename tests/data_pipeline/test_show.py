@@ -19,7 +19,7 @@ from data_pipeline.show import (
     window_pieces,
     write_pieces,
 )
-from data_pipeline.source import Source
+from data_pipeline.source import Place, Source
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.window import read_window
 from range_server import serve
@@ -70,8 +70,9 @@ def test_members_and_windows_are_cut_where_documents_end(index: Index) -> None:
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_what_a_window_of_training_holds(index: Index, packing: str) -> None:
     source = Source("train", index, seed=3, seq_len=16, lanes=3, packing=packing)  # type: ignore[arg-type]
-    for served in range(source.windows):
-        runs = source.runs(source.place(served))
+    served = source.places(np.arange(source.windows))
+    for epoch, window in zip(served.epochs.tolist(), served.windows.tolist(), strict=True):
+        runs = source.runs(Place("train", epoch, window))
         row = read_window(index, runs, 16, document_mask=False)
         shown = joined(list(run_pieces(index, runs)))
         # Each run's ids, with the label behind its last input: between runs that one is shown and not fed.

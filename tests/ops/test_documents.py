@@ -120,3 +120,16 @@ def test_plain_attention_with_documents(layout, backend):
     assert_close(
         got, value_and_gradients({n: z.detach().double().requires_grad_() for n, z in x.items()}, explicit), 1e-5
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_levels_whole_as_on_a_gpu_are_the_cut_ones(layout, monkeypatch):
+    """A CPU leaves out the keys and rows that no crossing document reaches; elsewhere they are masked."""
+    x = make(T, heads=4, kv_heads=2, d_s=6, d_v=12, decay=0.5)
+    doc_ids = ids(LAYOUTS[layout], LAYOUTS["inside"])
+    cut_levels = value_and_gradients(x, doc_ids=doc_ids, leaf=16)
+    calls = []
+    monkeypatch.setattr("sisa_dist.ops.operands.within_reach", lambda levels, _: calls.append(1) or levels)
+    assert_close(value_and_gradients(x, doc_ids=doc_ids, leaf=16), cut_levels, 1e-12)
+    assert calls
+    assert_close(cut_levels, value_and_gradients(x, doc_ids=doc_ids, path="dense"), 1e-10)

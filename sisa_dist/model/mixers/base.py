@@ -19,6 +19,10 @@ class Cache(Protocol):
         """Tokens seen."""
         ...
 
+    def documents(self, doc_ids_Bt: Tensor | None) -> Tensor | None:
+        """doc_ids [B, length + t] of the tokens seen and of a chunk of t that is to come; None without documents."""
+        ...
+
 
 class Mixer(nn.Module, ABC):
     """The part of a block that moves information between positions: [B, T, d_model] → [B, T, d_model], causal.
