@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
@@ -51,7 +52,8 @@ class FSDP2Engine:
         self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)
         log = BuildLog(mesh, n_layers=config.model.n_layers)
         init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.dealt_out = {name for name, part in self.slices.items() if part.ep_dim is not None}
+        self.optimizer = build_optimizer(self.model, config.optimizer, apart=self.dealt_out)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(self.model, mesh)
 
@@ -72,6 +74,7 @@ class FSDP2Engine:
             enter("backward")
             (loss * scale).backward()
             loss_sum += loss.detach()
+        self._average_experts()
         self.step_number += 1
         if self.check_every and self.step_number % self.check_every == 0:
             enter("sanity checks")
@@ -134,8 +137,19 @@ class FSDP2Engine:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norm = global_norm([(p.grad, self.slices[name]) for name, p in named], self.mesh)  # type: ignore[misc]
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in named], self.grad_clip, norm)
+            for experts in (False, True):  # they live on another mesh, and one call may not mix two
+                chosen = [p for name, p in named if (name in self.dealt_out) == experts]
+                torch.nn.utils.clip_grads_with_norm_(chosen, self.grad_clip, norm)
         return norm
+
+    def _average_experts(self) -> None:
+        """What FSDP averaged over the holders of the same experts, dp / ep, is made an average over all data ranks.
+
+        Not by its divide factor: that is a PREMUL_SUM, which gloo has not, and on one holder divides twice.
+        """
+        for name, parameter in self.model.named_parameters() if self.dealt_out else ():
+            if name in self.dealt_out and isinstance(parameter.grad, DTensor):
+                parameter.grad.to_local().div_(self.mesh.ep_size)
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)

@@ -106,11 +106,14 @@ class Experts(nn.Module):
     def forward(self, x_BTD: Tensor, expert_BTK: Tensor, weight_BTK: Tensor) -> Tensor:
         share = self.share
         rows = arrange(expert_BTK.flatten(0, 1), first=share.first, count=share.count, total=share.total)
-        x_MD = dispatch(x_BTD.flatten(0, 1), rows)
-        gate_MF = grouped_matmul(x_MD, self.gate, rows.ends_E, backend=self.backend)
-        up_MF = grouped_matmul(x_MD, self.up, rows.ends_E, backend=self.backend)
-        y_MD = grouped_matmul(F.silu(gate_MF) * up_MF, self.down, rows.ends_E, backend=self.backend)
+        y_MD = self.compute(dispatch(x_BTD.flatten(0, 1), rows), rows.ends_E)
         return combine(y_MD, weight_BTK.flatten(0, 1), rows).view_as(x_BTD)
+
+    def compute(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
+        """[M, D]: rows ends[e−1]..ends[e]−1 through the expert e of those held here."""
+        gate_MF = grouped_matmul(x_MD, self.gate, ends_E, backend=self.backend)
+        up_MF = grouped_matmul(x_MD, self.up, ends_E, backend=self.backend)
+        return grouped_matmul(F.silu(gate_MF) * up_MF, self.down, ends_E, backend=self.backend)
 
 
 class MoE(nn.Module):

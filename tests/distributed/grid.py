@@ -40,6 +40,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
     "tp2_dp2_sp": (4, {"tp": 2, "dp": 2, "sequence_parallel": True}),
     "hsdp_2x2": (4, {"dp": 4, "dp_replicate": 2}),
     "dp4": (4, {"dp": 4}),
+    "ep2": (2, {"dp": 2, "ep": 2}),
+    "ep2_dp4": (4, {"dp": 4, "ep": 2}),
+    "ep4": (4, {"dp": 4, "ep": 4}),
 }
 
 
@@ -124,7 +127,7 @@ class Case:
 
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4"),  # which is ZeRO's
+    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4" and "ep" not in layout),  # ZeRO's or mixtures'
     "mixer": ("sisa", "attention"),
     "n_kv_heads": (4, 2, 1),
     "d_s": ("uniform", "heterogeneous"),

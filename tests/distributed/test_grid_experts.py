@@ -19,6 +19,7 @@ FAST = [
         Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
         Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
         Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3, checkpointing=True),
+        Case("ep2_dp4", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
     )
 ]
 SLOW = [
@@ -31,6 +32,8 @@ SLOW = [
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO1, tied=False),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2, checkpointing=True),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO3),
+        Case("ep2", name, 4, "uniform", "fp32"),
+        Case("ep4", name, 4, "uniform", "fp32", tied=False),
     )
 ]
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]

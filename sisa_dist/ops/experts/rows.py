@@ -30,20 +30,20 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def arrange(expert_NK: Tensor, *, first: int, count: int, total: int) -> Rows:
+def arrange(expert_NK: Tensor, *, first: int, count: int, total: int, align: int = ALIGN) -> Rows:
     """The table of the experts first..first+count−1, of `total`, for the choices `expert_NK` (int64) of N tokens.
 
-    With all experts here M is known beforehand; with some of them it is read from the device, which is waited for.
+    Groups are padded to `align` rows; 1 for a table that is not multiplied. With all experts here M is known beforehand; with some of them it is read from the device, which is waited for.
     """
     num_tokens, top_k = expert_NK.shape
     num_choices, device = expert_NK.numel(), expert_NK.device
     local = expert_NK.flatten() - first
     key = torch.where((local >= 0) & (local < count), local, count)
     size_E = torch.zeros(count + 1, dtype=torch.int64, device=device).scatter_add_(0, key, torch.ones_like(key))
-    padded_E = (size_E + ALIGN - 1) // ALIGN * ALIGN
+    padded_E = (size_E + align - 1) // align * align
     padded_E[count] = 0
     ends_E = padded_E.cumsum(0)
-    rows = _num_rows(ends_E[count], num_choices, count=count, total=total)
+    rows = _num_rows(ends_E[count], num_choices, count=count, total=total, align=align)
     order = key.argsort(stable=True)
     of_E = (ends_E - padded_E) - (size_E.cumsum(0) - size_E)  # from a place in sorted choices to a row
     sorted_key = key[order]
@@ -67,11 +67,11 @@ def arrange(expert_NK: Tensor, *, first: int, count: int, total: int) -> Rows:
     )
 
 
-def _num_rows(last_end: Tensor, num_choices: int, *, count: int, total: int) -> int:
+def _num_rows(last_end: Tensor, num_choices: int, *, count: int, total: int, align: int) -> int:
     if isinstance(last_end, FakeTensor):  # a rehearsal: as if all experts were chosen equally often
-        return max(ALIGN, num_choices * count // total + (ALIGN - 1) * count)
+        return max(align, num_choices * count // total + (align - 1) * count)
     # At least one group of rows: a product may not take an empty table.
-    return max(ALIGN, num_choices + (ALIGN - 1) * count if count == total else int(last_end))
+    return max(align, num_choices + (align - 1) * count if count == total else int(last_end))
 
 
 def dispatch(x_ND: Tensor, rows: Rows) -> Tensor:
