@@ -150,3 +150,19 @@ every_mixer_and_decay = pytest.mark.parametrize(
     ("name", "strength"),
     [(name, s) for name in CASES for s in (("weak", "initial", "strong") if forgets(name) else ("initial",))],
 )
+# Mixtures of experts, under whatever mixer.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "moe": {"mixer": "attention", "mlp": "moe", "moe": {"experts": 8, "z_loss": 1e-2, "balance_weight": 0.1}},
+    "moe_shared_bias": {
+        "mixer": "attention",
+        "mlp": ["swiglu", "moe"],
+        "moe": {"experts": 4, "d_ff": 24, "top_k": 3, "shared": 2, "scores": "sigmoid", "balance": "bias"},
+    },
+    "moe_sisa": {
+        "mixer": "sisa",
+        "d_s": 8,
+        "parallel_residual": True,
+        "mlp": ["moe", "gelu"],
+        "moe": {"experts": 8, "d_ff": 16, "top_k": 1, "normalise_top_k": False, "balance_weight": 0.1},
+    },
+}

@@ -4,6 +4,7 @@
     python tools/convert_checkpoint.py runs/mine exported --to hf --dtype bf16
     python tools/convert_checkpoint.py llama-folder imported --to native --dry-run
     python tools/convert_checkpoint.py llama-folder begun --to native --upcycle 32
+    python tools/convert_checkpoint.py runs/mine mixture --to native --upcycle-moe 8,2
 
 What SRC is, is seen from what lies there. DST must not exist. Exit code 0: written and verified; 2: nothing written.
 """
@@ -43,6 +44,10 @@ def command(
         str | None,
         typer.Option(metavar="D_S", help="Make a Transformer a SISA model that computes the same: 32, or 32,0,16,…"),
     ] = None,
+    upcycle_moe: Annotated[
+        str | None,
+        typer.Option(metavar="E,K", help="Make every MLP a mixture of E copies of it, K for each token."),
+    ] = None,
     shard_gb: Annotated[float | None, typer.Option(min=0.001, help="hf: most a file holds; default 5.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.model or tokenizer.json to go with it.")] = None,
     config: Annotated[Path | None, typer.Option(help="The run's YAML, for a DeepSpeed SRC without it.")] = None,
@@ -80,6 +85,7 @@ def command(
         dtype=dtype,
         moments=moments,
         d_s=_channels(upcycle),
+        experts=_experts(upcycle_moe),
         tokenizer=None if tokenizer is None else Tokenizer.load(tokenizer),
         config=None if config is None else load_config(config),
         target=target,
@@ -106,6 +112,16 @@ def _channels(text: str | None) -> int | list[int] | None:
     except ValueError:
         raise UserError(f"--upcycle {text}: give d_s as a number, or one per layer with commas") from None
     return found[0] if found is not None and len(found) == 1 else found
+
+
+def _experts(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        experts, top_k = (int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--upcycle-moe {text}: give two numbers, experts and experts a token, as in 8,2") from None
+    return experts, top_k
 
 
 def _show(planned: Plan) -> None:

@@ -14,6 +14,7 @@ from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint.manifest import read_manifest
 from sisa_dist.checkpoint.state import TrainState
 from sisa_dist.config import ModelConfig, UserError, load_config
+from sisa_dist.config.experts import TRAINING_KEYS
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_theta")
 
 def check_model(checkpoint: Path, model: ModelConfig) -> None:
     """Raises UserError where `model` has other parameters than the checkpoint's. Another function of them is said."""
-    stored = load_config(checkpoint / "config.yaml").model.model_dump()
-    for key, wanted in model.model_dump().items():
+    stored = _function(load_config(checkpoint / "config.yaml").model)
+    for key, wanted in _function(model).items():
         if key in FUNCTION_KEYS and key != "init_std" and stored[key] != wanted:
             _log.warning(
                 "%s: model.%s is %r there and %r here: the model computes something else from here on",
@@ -38,6 +39,11 @@ def check_model(checkpoint: Path, model: ModelConfig) -> None:
                 f"{checkpoint}: another model: its model.{key} is {stored[key]!r}, the config says {wanted!r}: set "
                 f"model.{key} to what it is there, or name another checkpoint"
             )
+
+
+def _function(model: ModelConfig) -> dict[str, Any]:
+    """What the model computes from its weights, and which it has."""
+    return model.model_dump(exclude={"moe": set(TRAINING_KEYS)} if model.moe is not None else None)
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:

@@ -85,7 +85,7 @@ def load_model(checkpoint_folder: str | Path) -> tuple[LM, Tokenizer]:
     config = load_config(checkpoint / "config.yaml")
     tokenizer = load_tokenizer(checkpoint, max_vocab_size=config.model.vocab_size)
     model = build_model(config.model, attention=config.attention)
-    read_tensors({_MODEL + name: p.detach() for name, p in model.named_parameters()}, checkpoint, no_dist=True)
+    read_tensors({_MODEL + name: x.detach() for name, x in model.state_dict().items()}, checkpoint, no_dist=True)
     return model.eval(), tokenizer
 
 

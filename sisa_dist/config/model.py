@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as _model_validator
 
+from sisa_dist.config.experts import ExpertsConfig
 from sisa_dist.config.mixers import (
     MIXER_NAMES,
     SECTIONS,
@@ -28,7 +29,7 @@ from sisa_dist.config.mixers import (
 )
 from sisa_dist.config.section import Section
 
-MLPName = Literal["swiglu", "gelu", "none"]
+MLPName = Literal["swiglu", "gelu", "moe", "none"]
 
 
 class ModelConfig(Section):
@@ -51,12 +52,13 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-6
     qk_norm: bool = False  # RMSNorm over the channels of each head's q and k, before RoPE
     attention_bias: Literal["none", "qkv", "all"] = "none"  # of the projections to q, k and v; all: and of W_O
-    # One, or one per layer. gelu is the exact one, by erf; none: a block is its mixer alone
+    # One, or one per layer. gelu is the exact one, by erf; moe: see `moe`; none: a block is its mixer alone
     mlp: MLPName | list[MLPName] = "swiglu"
     mlp_bias: bool = False
     parallel_residual: bool = False  # mixer and MLP read one input, each through its norm, and are added to it together
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
+    moe: ExpertsConfig | None = None  # of the layers whose mlp is moe
     ssm: SSMConfig | None = None  # of the mixers that hold a state-space model; None: its defaults
     sisa: SisaConfig | None = None  # of the mixers with sisa's score; None: its defaults
     # Tokens of a training sequence: with it scores are scaled by s · log n (SSMax, Nakanishi 2025), n the number of
@@ -104,6 +106,26 @@ class ModelConfig(Section):
         return [self.mlp] * self.n_layers if isinstance(self.mlp, str) else list(self.mlp)
 
     @property
+    def experts(self) -> int:
+        """Of every layer with a mixture of them; 0 where there is none."""
+        return self.moe.experts if self.moe else 0
+
+    @property
+    def expert_d_ff(self) -> int:
+        """Channels inside one expert; 0 where there is none."""
+        return (self.moe.d_ff or self.d_ff) if self.moe else 0
+
+    @property
+    def shared_d_ff(self) -> int:
+        """Channels inside the shared experts together; 0 where there are none."""
+        return self.moe.shared * self.expert_d_ff if self.moe else 0
+
+    @property
+    def dense_d_ff(self) -> int:
+        """Channels inside the MLP of the layers that have one for all tokens; 0 where no layer has."""
+        return 0 if set(self.layer_mlps) <= {"moe", "none"} else self.d_ff
+
+    @property
     def ssm_heads(self) -> int:
         """Of every layer with a state-space model; 0 where there is none."""
         return self.ssm_width // self.ssm_head_dim
@@ -139,10 +161,10 @@ class ModelConfig(Section):
         """What tensor parallelism deals out, and what this model has of it."""
         heads = any(mixer not in WITHOUT_HEADS for mixer in self.layer_mixers)
         found = {"n_heads": self.n_heads, "kv_heads": self.kv_heads} if heads else {}
-        found |= {"d_ff": self.d_ff} if any(mlp != "none" for mlp in self.layer_mlps) else {}
+        found |= {"d_ff": self.dense_d_ff, "experts": self.experts, "shared_d_ff": self.shared_d_ff}
         found |= {"padded_vocab_size": self.padded_vocab_size}
-        found |= {"meta_tokens": self.meta_tokens} if self.meta_tokens else {}
-        return found | ({"ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups} if self.ssm_heads else {})
+        found |= {"meta_tokens": self.meta_tokens, "ssm_heads": self.ssm_heads, "ssm_groups": self.ssm_groups}
+        return {over: size for over, size in found.items() if size}
 
     @property
     def mamba_options(self) -> MambaConfig:
@@ -214,6 +236,12 @@ class ModelConfig(Section):
             raise ValueError(f"d_s lists {len(self.d_s)} layers, n_layers is {self.n_layers}: make them equal")
         if len(self.layer_mlps) != self.n_layers:
             raise ValueError(f"mlp lists {len(self.layer_mlps)} layers, n_layers is {self.n_layers}: make them equal")
+        if ("moe" in self.layer_mlps) != (self.moe is not None):
+            raise ValueError("mlp moe and the section moe belong together: set both, or remove one")
+        if self.moe is not None and self.mlp_bias:
+            raise ValueError("mlp_bias is set and experts have no biases: set it to false")
+        if self.moe is not None and self.moe.d_ff is not None and not self.dense_d_ff:
+            raise ValueError("no layer has a dense mlp, so d_ff is the experts': set it, and remove moe.d_ff")
         for key in SECTIONS:
             if getattr(self, key) is not None and not uses(self, key):
                 raise ValueError(f"{key} is set but no layer's mixer reads it: remove {key}")

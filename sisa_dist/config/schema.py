@@ -42,6 +42,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False  # norms and residuals of a tp group hold T / tp tokens each
     dp: PositiveInt | None = None  # data-parallel ranks; None: every process that tp leaves
     dp_replicate: PositiveInt = 1  # of them, groups that hold whole copies (HSDP); weights are sharded inside a group
+    ep: PositiveInt = 1  # of the data ranks, how many hold one set of experts together and send each other tokens
 
     @_model_validator(mode="after")
     def _consistent(self) -> ParallelConfig:
@@ -49,6 +50,15 @@ class ParallelConfig(Section):
             raise ValueError("sequence_parallel has no effect with tp 1: set tp to 2 or more, or remove it")
         if self.dp is not None and self.dp % self.dp_replicate:
             raise ValueError(f"dp_replicate {self.dp_replicate} does not divide dp {self.dp}: set it to a divisor")
+        for key in ("tp", "dp_replicate"):
+            if self.ep > 1 and getattr(self, key) > 1:
+                raise ValueError(
+                    f"ep {self.ep} does not go with {key} {getattr(self, key)}: set one of them to 1"
+                    + (" (tp deals out experts too)" if key == "tp" else "")
+                )
+        if self.dp is not None and self.dp % self.ep:
+            good = [n for n in range(1, self.dp + 1) if self.dp % n == 0]
+            raise ValueError(f"ep {self.ep} does not divide dp {self.dp}: set ep to one of {good}")
         return self
 
 
@@ -243,6 +253,7 @@ class RunConfig(Section):
                 f"parallel.sequence_parallel cuts training.seq_len {seq_len} by tp {tp}, which does not divide it: set "
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
+        self._check_experts()
         if self.training.eval_every is not None and self.data.validation_fraction == 0:
             raise ValueError(
                 "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "
@@ -251,3 +262,19 @@ class RunConfig(Section):
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")
         return self
+
+    def _check_experts(self) -> None:
+        ep, experts, engine = self.parallel.ep, self.model.experts, self.engine
+        if ep == 1:
+            return
+        if not experts:
+            raise ValueError(f"parallel.ep {ep} deals out experts and the model has none: set parallel.ep to 1")
+        if experts % ep:
+            good = [n for n in range(1, experts + 1) if experts % n == 0]
+            raise ValueError(f"parallel.ep {ep} does not divide model.moe.experts {experts}: set ep to one of {good}")
+        if engine.kind == "deepspeed" and engine.zero_stage not in (1, 2):
+            why = "averages all experts alike" if engine.zero_stage == 3 else "clips by the norm of each rank's own"
+            raise ValueError(
+                f"parallel.ep {ep} under deepspeed needs ZeRO-1 or 2: ZeRO-{engine.zero_stage} {why}; set "
+                "engine.zero_stage to 1 or 2, engine.kind to fsdp2, or parallel.ep to 1"
+            )

@@ -17,12 +17,13 @@ import torch
 from data_pipeline.tokenizer import JSON_CONFIG, SENTENCEPIECE, SentencePieceTokenizer, Tokenizer
 from data_pipeline.tokenizer_json import names_in
 from sisa_dist.checkpoint.manifest import NAME as MANIFEST
-from sisa_dist.config import RunConfig, UserError, sync
+from sisa_dist.config import ModelConfig, RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
 from sisa_dist.convert.opened import DATA, STATE, Opened, Target, fp32_parameters
-from sisa_dist.convert.recipe import Converted, TensorSource
+from sisa_dist.convert.recipe import Converted, Recipes, TensorSource
 from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
 from sisa_dist.convert.upcycle import recipes, upcycle
+from sisa_dist.convert.upcycle_experts import expert_recipes, upcycle_experts
 from sisa_dist.convert.verify import Verify, is_rounded, verify
 
 _MARK = "made by convert_checkpoint"
@@ -60,6 +61,7 @@ def plan(
     dtype: Dtype = "fp32",
     moments: bool | None = None,
     d_s: int | list[int] | None = None,
+    experts: tuple[int, int] | None = None,
     tokenizer: Tokenizer | bytes | None = None,
     config: RunConfig | None = None,
     target: Target | None = None,
@@ -67,7 +69,8 @@ def plan(
     """The conversion of what lies at `path` to the format `to`. Opens headers only.
 
     `moments` None: kept where `to` is for going on with training. `d_s`, one or one per layer: a Transformer is
-    upcycled to a SISA model that computes the same. bf16 rounds matrices; gains, decays and λ stay fp32.
+    upcycled to a SISA model that computes the same. `experts` (number, top_k): so is its MLP, to a mixture of experts.
+    bf16 rounds matrices; gains, decays and λ stay fp32.
     `tokenizer` as bytes is a SentencePiece model. Raises UserError for what cannot be done.
     """
     module, before, target = format_module(to), open_checkpoint(path, format=format, config=config), target or Target()
@@ -89,10 +92,12 @@ def plan(
         raise UserError(f"--moments: {path} holds none: leave it out")
     keep = module.MASTERS if moments is None else moments
     intended = before if keep else before.without_moments()
+    if moments and (d_s is not None or experts is not None):
+        raise UserError("--moments: what is new in an upcycled model has none: leave it out")
     if d_s is not None:
-        if moments:
-            raise UserError("--moments: what is new in an upcycled model has none: leave it out")
         intended = upcycled(intended.without_moments(), d_s=d_s)
+    if experts is not None:
+        intended = with_experts(intended.without_moments(), experts=experts[0], top_k=experts[1])
     wide = fp32_parameters(intended.model) if dtype == "bf16" else frozenset()
 
     def dtype_of(name: str) -> torch.dtype:
@@ -104,10 +109,19 @@ def plan(
 
 def upcycled(opened: Opened, *, d_s: int | list[int]) -> Opened:
     """The SISA model that begins where the Transformer `opened` stands, at step 0."""
-    made = to_ours(from_ours(recipes(opened.model, d_s=d_s)))
+    return _grown(opened, upcycle(opened.model, d_s=d_s), recipes(opened.model, d_s=d_s))
+
+
+def with_experts(opened: Opened, *, experts: int, top_k: int) -> Opened:
+    """The mixture of experts that begins where the dense model `opened` stands, at step 0."""
+    sizes = {"experts": experts, "top_k": top_k}
+    return _grown(opened, upcycle_experts(opened.model, **sizes), expert_recipes(opened.model, **sizes))
+
+
+def _grown(opened: Opened, model: ModelConfig, made: Recipes) -> Opened:
     files = {name: content for name, content in opened.files.items() if name not in (STATE, DATA)}
-    model = upcycle(opened.model, d_s=d_s)
-    return replace(opened, model=model, source=Converted(opened.source, made), files=files, foreign=None)
+    source = Converted(opened.source, to_ours(from_ours(made)))
+    return replace(opened, model=model, source=source, files=files, foreign=None)
 
 
 def convert(

@@ -132,9 +132,15 @@ def refuse_mixers(family: str, model: ModelConfig) -> None:
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter by our name."""
+    """The shape of every parameter by our name, and of the buffers that a checkpoint holds with them."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in build_model(model).named_parameters()}
+        return {name: tensor.shape for name, tensor in build_model(model).state_dict().items()}
+
+
+def buffer_names(model: ModelConfig) -> frozenset[str]:
+    """Of them, those that no optimizer moves: they have no moments."""
+    with torch.device("meta"):
+        return frozenset(name for name, _ in build_model(model).named_buffers())
 
 
 def translated(name: str, *, whole: Mapping[str, str], blocks: str, block: Mapping[str, str]) -> str:

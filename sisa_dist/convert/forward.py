@@ -34,7 +34,7 @@ def logits(source: TensorSource, model: ModelConfig, tokens_BT: Tensor) -> Tenso
     with torch.device("meta"):
         lm = build_model(model, attention=AttentionConfig()).eval()
     for name, module in lm.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if own:
             _stream(module, f"{MODEL}{name}.", own, source)
     if model.tie_embeddings:
@@ -49,10 +49,11 @@ def logits(source: TensorSource, model: ModelConfig, tokens_BT: Tensor) -> Tenso
     return found
 
 
-def _stream(module: nn.Module, prefix: str, own: dict[str, nn.Parameter], source: TensorSource) -> None:
+def _stream(module: nn.Module, prefix: str, own: dict[str, Any], source: TensorSource) -> None:
     def fetch(module: nn.Module, args: Any) -> None:
         for name in own:
-            setattr(module, name, nn.Parameter(_read(source, prefix + name), requires_grad=False))
+            weight = _read(source, prefix + name)
+            setattr(module, name, weight if name in module._buffers else nn.Parameter(weight, requires_grad=False))
 
     def drop(module: nn.Module, args: Any, result: Any) -> None:
         for name, empty in own.items():

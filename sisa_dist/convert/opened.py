@@ -13,7 +13,7 @@ import torch
 from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint import parse_state
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
-from sisa_dist.convert.families import parameter_shapes
+from sisa_dist.convert.families import buffer_names, parameter_shapes
 from sisa_dist.convert.recipe import TensorSource, check_specs
 from sisa_dist.convert.tensors import MODEL, MOMENTS, has_moments, weights_of
 from sisa_dist.model import build_model
@@ -56,7 +56,8 @@ class Opened:
         shapes = parameter_shapes(self.model)
         wanted = {MODEL + name: shape for name, shape in shapes.items()}
         if has_moments(self.source):
-            wanted |= {moment + name: shape for moment in MOMENTS for name, shape in shapes.items()}
+            moved = {name: shape for name, shape in shapes.items() if name not in buffer_names(self.model)}
+            wanted |= {moment + name: shape for moment in MOMENTS for name, shape in moved.items()}
         check_specs(self.source.specs, wanted, what=str(self.path))
         for name, spec in self.source.specs.items():
             if not spec.dtype.is_floating_point:
@@ -123,5 +124,5 @@ def fp32_parameters(model: ModelConfig) -> frozenset[str]:
         f"{MODEL}{module_name}.{name}"
         for module_name, module in modules
         if getattr(module, "fp32_in_forward", False)
-        for name, _ in module.named_parameters()
+        for name in module.state_dict()
     )

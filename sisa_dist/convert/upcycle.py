@@ -39,7 +39,7 @@ def recipes(model: ModelConfig, *, d_s: int | list[int], seed: int = 0) -> dict[
     with torch.device("meta"):
         built = build_model(grown)
     made: dict[str, Recipe] = {}
-    for name, parameter in built.named_parameters():
+    for name, parameter in built.state_dict().items():
         if name in kept:
             made[name] = Recipe((name,))
             continue

@@ -9,9 +9,10 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.tokenizer import TOKENIZER_FILES
-from sisa_dist.config import RunConfig, UserError, parse_config
+from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
 from sisa_dist.convert.deepspeed_read import DeepSpeedSource, is_deepspeed, open_deepspeed
 from sisa_dist.convert.deepspeed_write import write_deepspeed
+from sisa_dist.convert.families import buffer_names
 from sisa_dist.convert.opened import DATA, STATE, Opened, Target, check_beside
 from sisa_dist.convert.recipe import TensorSource
 from sisa_dist.convert.tensors import weights_of
@@ -36,6 +37,7 @@ def open_with(path: Path, config: RunConfig | None) -> Opened:
         if source.config_text is None:
             raise UserError(f"{path}: the files do not say which model it is: give the run's file by --config")
         config = parse_config(yaml.safe_load(source.config_text), source=str(path))
+    _refuse_buffers(config.model)
     files = _beside(source)
     files.setdefault(STATE, json.dumps(_beginning(source)).encode())
     return Opened(path, "deepspeed", config.model, _tensors(source, files), config=config, files=files)
@@ -47,6 +49,7 @@ def stored(path: Path) -> TensorSource:
 
 
 def made(opened: Opened, target: Target) -> TensorSource:
+    _refuse_buffers(opened.model)
     check_tp(opened.model, target.tp)
     return opened.source
 
@@ -68,6 +71,14 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
         if name in opened.files:
             (path / _BESIDE / name).write_bytes(opened.files[name])
     (path / _BESIDE / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _refuse_buffers(model: ModelConfig) -> None:
+    if buffer_names(model):
+        raise UserError(
+            "model.moe.balance is bias: its biases are no parameters, and a deepspeed checkpoint is read and written "
+            "here as far as those go: convert to and from native or safetensors"
+        )
 
 
 def _tensors(source: DeepSpeedSource, files: dict[str, bytes]) -> TensorSource:

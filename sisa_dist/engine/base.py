@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from sisa_dist.engine.experts import ExpertLoad
 from sisa_dist.engine.guard import Guard
 from sisa_dist.parallel.apply import Slice
 
@@ -53,7 +54,8 @@ class Engine(Protocol):
         """float64 sums over data ranks."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The live weights and moments under `model.`, `exp_avg.`, `exp_avg_sq.` + full parameter name.
+        """The live weights and moments under `model.`, `exp_avg.`, `exp_avg_sq.` + full parameter name, and the model's
+        buffers, which have no moments, under `model.`.
 
         Checkpoints read them and write into them in place.
         """
@@ -69,3 +71,6 @@ class Engine(Protocol):
 
     def layer_statistics(self) -> dict[str, list[float | None]]:
         """Per layer the mean λ and, over the last step's tokens, the half-life of the decay in tokens. Collective."""
+
+    def expert_load(self) -> ExpertLoad | None:
+        """How steps since the last call went to experts; None where no layer has any. Collective."""

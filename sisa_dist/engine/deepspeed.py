@@ -28,6 +28,7 @@ from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
+from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -35,7 +36,7 @@ from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh
-from sisa_dist.parallel.storage import as_global
+from sisa_dist.parallel.storage import as_global, buffers_as_global
 
 
 class DeepSpeedEngine:
@@ -79,6 +80,7 @@ class DeepSpeedEngine:
         )
         zero_state.make_moments(self.zero, self.stage)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
+        self.experts = ExpertWatch(model, mesh)
         self.check_every = config.engine.check_every
         self.step_number = 0
         self.adamw.register_step_pre_hook(self._judge)
@@ -117,6 +119,7 @@ class DeepSpeedEngine:
             judged.norm = torch.full_like(loss_mean, float("inf"))
             judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
         assert judged.norm is not None
+        self.experts.after_step(judged.verdict.skip)
         enter("results")
         return read_result(loss_mean, judged.norm, count, judged.verdict)
 
@@ -155,7 +158,8 @@ class DeepSpeedEngine:
             return layer_statistics(self.model, self.mesh)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return zero_state.state_tensors(self.zero, self.stage, self.model, self.slices, self.mesh)
+        state = zero_state.state_tensors(self.zero, self.stage, self.model, self.slices, self.mesh)
+        return state | buffers_as_global(self.model, self.mesh)
 
     def set_step(self, step: int) -> None:
         self.step_number = step
@@ -163,6 +167,9 @@ class DeepSpeedEngine:
 
     def unequal_replicas(self) -> dict[str, list[str]]:
         return unequal_replicas(self._weights(), self.slices, self.mesh)
+
+    def expert_load(self) -> ExpertLoad | None:
+        return self.experts.take()
 
     def _weights(self) -> dict[str, Tensor]:
         """What forward uses. Under ZeRO-3 this rank's flat partitions; alike over tp where the whole would be."""

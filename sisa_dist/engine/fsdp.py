@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
 from sisa_dist.config import RunConfig
@@ -18,6 +19,7 @@ from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
+from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -26,7 +28,7 @@ from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh
-from sisa_dist.parallel.storage import as_global
+from sisa_dist.parallel.storage import as_global, buffers_as_global
 
 
 class FSDP2Engine:
@@ -50,8 +52,10 @@ class FSDP2Engine:
         self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)
         log = BuildLog(mesh, n_layers=config.model.n_layers)
         init_parameters(self.model, seed=config.seed, std=config.model.init_std, view=self._as_global, announce=log)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.dealt_out = {name for name, part in self.slices.items() if part.ep_dim is not None}
+        self.optimizer = build_optimizer(self.model, config.optimizer, apart=self.dealt_out)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
+        self.experts = ExpertWatch(self.model, mesh)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -70,6 +74,7 @@ class FSDP2Engine:
             enter("backward")
             (loss * scale).backward()
             loss_sum += loss.detach()
+        self._average_experts()
         self.step_number += 1
         if self.check_every and self.step_number % self.check_every == 0:
             enter("sanity checks")
@@ -88,6 +93,7 @@ class FSDP2Engine:
             group["lr"] = lr * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.experts.after_step(verdict.skip)
         enter("results")
         return read_result(loss_mean, grad_norm, count, verdict)
 
@@ -108,7 +114,7 @@ class FSDP2Engine:
             state[f"model.{name}"] = self._as_global(name, parameter)
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}.{name}"] = self._as_global(name, self.optimizer.state[parameter][moment])
-        return state
+        return state | buffers_as_global(self.model, self.mesh)
 
     def unequal_replicas(self) -> dict[str, list[str]]:
         return unequal_replicas(dict(self.model.named_parameters()), self.slices, self.mesh)
@@ -124,12 +130,26 @@ class FSDP2Engine:
     def layer_statistics(self) -> dict[str, list[float | None]]:
         return layer_statistics(self.model, self.mesh)
 
+    def expert_load(self) -> ExpertLoad | None:
+        return self.experts.take()
+
     def _clip(self) -> Tensor:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norm = global_norm([(p.grad, self.slices[name]) for name, p in named], self.mesh)  # type: ignore[misc]
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_([p for _, p in named], self.grad_clip, norm)
+            for experts in (False, True):  # they live on another mesh, and one call may not mix two
+                chosen = [p for name, p in named if (name in self.dealt_out) == experts]
+                torch.nn.utils.clip_grads_with_norm_(chosen, self.grad_clip, norm)
         return norm
+
+    def _average_experts(self) -> None:
+        """What FSDP averaged over the holders of the same experts, dp / ep, is made an average over all data ranks.
+
+        Not by its divide factor: that is a PREMUL_SUM, which gloo has not, and on one holder divides twice.
+        """
+        for name, parameter in self.model.named_parameters() if self.dealt_out else ():
+            if name in self.dealt_out and isinstance(parameter.grad, DTensor):
+                parameter.grad.to_local().div_(self.mesh.ep_size)
 
     def _as_global(self, name: str, stored: Tensor) -> Tensor:
         return as_global(stored, self.slices[name], self.mesh)

@@ -16,7 +16,7 @@ def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh, *, sharded: b
     """L2 norm of all gradients as one vector, fp32 scalar on `mesh.device`, equal on every rank. Collective.
 
     A gradient cut by tp is summed over tp and FSDP's axis; one that every tp rank holds whole over FSDP's axis alone,
-    or it would count tp times. Without `sharded` every data rank has the gradients of its slices whole.
+    or it would count tp times. Experts dealt out over ep are cut by ranks of FSDP's axis already. Without `sharded` every data rank has the gradients of its slices whole.
     """
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for grad, part in grads:

@@ -1,6 +1,7 @@
 """One pre-norm block: h += mixer(norm1(h)), h += mlp(norm2(h)); or in parallel h += mixer(norm1(h)) + mlp(norm2(h)).
 
-A block may be without MLP, and then is without norm2.
+A block may be without MLP, and then is without norm2. Where the MLP is a mixture of experts, the block's output is
+followed by how it routed: two more tensors, in a plain tuple, because engines hang their hooks on what they find there.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.feed_forward import feed_forward
 from sisa_dist.model.mixers import MIXERS, Cache
-from sisa_dist.model.mlp import feed_forward
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import RopeTables
 
@@ -32,16 +33,20 @@ class Block(nn.Module):
         rope: RopeTables,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         # Inside forward, so that FSDP wraps the recomputation and gathers the parameters for it.
         if self.activation_checkpointing and h_BTD.requires_grad:
             return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, use_reentrant=False)
         return self._forward(h_BTD, rope, doc_ids, cache)
 
-    def _forward(self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None) -> Tensor:
+    def _forward(
+        self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        mixed_BTD = h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
         if self.mlp is None:
-            return h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
-        if self.parallel_residual:
-            return h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache) + self.mlp(self.norm2(h_BTD))
-        h_BTD = h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
-        return h_BTD + self.mlp(self.norm2(h_BTD))
+            return mixed_BTD
+        fed = self.mlp(self.norm2(h_BTD if self.parallel_residual else mixed_BTD))
+        if isinstance(fed, tuple):
+            y_BTD, routing = fed
+            return (mixed_BTD + y_BTD, *routing)
+        return mixed_BTD + fed

@@ -98,7 +98,7 @@ def init_parameters(
     prefix: str = "",
     announce: Callable[[str], None] = lambda module_name: None,
 ) -> None:
-    """Fill every parameter in place, plain or DTensor (then only this rank's part).
+    """Fill every parameter and buffer in place, plain or DTensor (then only this rank's part).
 
     `prefix` is the name of `model` in the whole one. `view(name, stored)` presents a stored parameter as its global
     tensor where it is a part of one. `announce` is told each module's full name before its own parameters are drawn.
@@ -112,6 +112,9 @@ def init_parameters(
             for name, parameter in module.named_parameters(recurse=False):
                 full_name = ".".join(filter(None, (prefix, module_name, name)))
                 _fill(view(full_name, parameter), init_rule(module, name, std=std), _key(seed, full_name))
+            for name, buffer in module.named_buffers(recurse=False):  # whole on every rank
+                full_name = ".".join(filter(None, (prefix, module_name, name)))
+                _fill(buffer, init_rule(module, name, std=std), _key(seed, full_name))
 
 
 def init_rule(module: nn.Module, name: str, *, std: float) -> Init:

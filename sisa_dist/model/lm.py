@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
@@ -16,10 +19,19 @@ from sisa_dist.model.rope import rope_tables
 from sisa_dist.model.scale import scaled
 
 
+@dataclass
+class RoutingSums:
+    """What mixtures of experts did with the batches since it was reset: one row for each layer that has one."""
+
+    counts_LE: Tensor  # int64, tokens that chose each expert
+    losses_L2: Tensor  # balance loss and z-loss, unweighted, each window's as often as it has labels that count
+    labels: Tensor  # labels that counted
+
+
 class LM(nn.Module):
     """Decoder-only language model over token ids.
 
-    forward(tokens, labels) → (loss sum, count);
+    forward(tokens, labels) → (loss sum, count); what routers cost is in the gradient of the sum, not in its value;
     forward(tokens, labels, per_token=True) → (log-probability, is-argmax) of each label;
     forward(tokens) → logits [B, T, vocab_size] fp32 (padding columns cut off), or of the last position only.
     """
@@ -31,6 +43,7 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
         self.norm = residual_norm(config)
         self.head = Head(config)
+        self.routed: RoutingSums | None = None  # of forwards with labels that have gradients
 
     def forward(
         self,
@@ -66,23 +79,60 @@ class LM(nn.Module):
             device=tokens_BT.device,
             doc_ids_BT=cache[0].documents(doc_ids_BT) if cache else doc_ids_BT,
         )
+        routings: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):
             h_BTD = block(h_BTD, rope, doc_ids_BT, cache[layer] if cache else None)
+            if isinstance(h_BTD, tuple):
+                h_BTD, *routing = h_BTD
+                routings.append(tuple(routing))
         if last_only:
             h_BTD = h_BTD[:, -1:]
         weight_VD = self.embed.weight if config.tie_embeddings else None
         found = self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)
-        if prefixed is None or last_only or (labels_BT is not None and not per_token):
+        if labels_BT is not None and not per_token:
+            return self._with_routing_loss(found, routings, labels_BT)
+        if prefixed is None or last_only:
             return found
         if isinstance(found, Tensor):
             return at_tokens(found, prefixed)
         return at_tokens(found[0], prefixed), at_tokens(found[1], prefixed)
+
+    def _with_routing_loss(
+        self, found: tuple[Tensor, Tensor], routings: list[tuple[Tensor, Tensor]], labels_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss keeps its value and gets the gradient of what routing costs besides."""
+        if not routings:
+            return found
+        extra = self._routing_loss(routings, labels_BT)
+        return found[0] + (extra - extra.detach()), found[1]
+
+    def _routing_loss(self, routings: list[tuple[Tensor, Tensor]], labels_BT: Tensor) -> Tensor:
+        """Over layers and windows, each window as often as it has labels that count: a sum as the loss is one."""
+        assert self.config.moe is not None
+        losses_LB2 = torch.stack([losses_B2 for losses_B2, _ in routings])
+        num_B = (labels_BT != IGNORE).sum(1)
+        losses_L2 = (losses_LB2 * num_B[:, None]).sum(1)
+        if torch.is_grad_enabled():
+            found = RoutingSums(torch.stack([n for _, n in routings]), losses_L2.detach(), num_B.sum())
+            if self.routed is not None:
+                found.counts_LE += self.routed.counts_LE
+                found.losses_L2 += self.routed.losses_L2
+                found.labels += self.routed.labels
+            self.routed = found
+        weights = self.config.moe.loss_weights
+        return weights[0] * losses_L2[:, 0].sum() + weights[1] * losses_L2[:, 1].sum()
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The layers with a mixture of experts, in the order of the rows of `routed`."""
+        return [layer for layer, kind in enumerate(self.config.layer_mlps) if kind == "moe"]
 
     def statistics(self) -> list[dict[str, Tensor]]:
         """What the metrics log of each layer, of this rank's heads and tokens; empty where there is nothing."""
         return [getattr(block.mixer, "statistics", dict)() for block in self.blocks]
 
     def reset_statistics(self) -> None:
+        self.routed = None
         for block in self.blocks:
             getattr(block.mixer, "reset_statistics", lambda: None)()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sisa_dist.config import ModelConfig
 from sisa_dist.model.scale import scaled
 
 
@@ -39,14 +38,4 @@ class GELU(nn.Module):
         return self.down(F.gelu(self.up(x_BTD)))
 
 
-MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
 MLP_MATRICES = {"swiglu": 3, "gelu": 2, "none": 0}  # of d_model × d_ff
-
-
-def feed_forward(config: ModelConfig, layer: int) -> SwiGLU | GELU | None:
-    """The MLP of a block, of the kind the config names for the layer; None where it has none."""
-    kind = config.layer_mlps[layer]
-    by = config.multiplier_options
-    if kind == "swiglu":
-        return SwiGLU(config.d_model, config.d_ff, bias=config.mlp_bias, multipliers=(by.mlp_gate, by.mlp_down))
-    return None if kind == "none" else MLPS[kind](config.d_model, config.d_ff, bias=config.mlp_bias)

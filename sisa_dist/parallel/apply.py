@@ -1,4 +1,4 @@
-"""Cuts a model for tensor parallelism as the plan says. Storage, masters and optimizer are the engine's affair.
+"""Cuts a model for tensor and expert parallelism as the plan says. Storage, masters and optimizer are the engine's affair.
 
 After `apply_plan` each parameter is a plain tensor with this rank's slice, and the model's own code runs unchanged on
 fewer heads, columns and rows: `nn.Linear`, per-head parameters and `view(B, T, -1, head_dim)` never know.
@@ -15,9 +15,12 @@ import torch
 from torch import nn
 
 from sisa_dist.model import LM
+from sisa_dist.model.moe import Experts
 from sisa_dist.model.norm import RMSNorm
+from sisa_dist.parallel.expert import exchange_tokens
 from sisa_dist.parallel.layers import (
     Border,
+    ExpertSlice,
     VocabularyEmbedding,
     VocabularySlice,
     add_after,
@@ -29,7 +32,7 @@ from sisa_dist.parallel.layers import (
 )
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.parallel.overlap import enter_overlapped
-from sisa_dist.parallel.plan import PLAN, REGIONS, SHARED_BY_HEADS, Split, check_tp, split_of
+from sisa_dist.parallel.plan import EXITS, PLAN, REGIONS, SHARED_BY_HEADS, Split, check_tp, split_of
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,35 @@ class Slice:
     """What a rank holds of one parameter: the one truth about its split, from which everything else derives.
 
     `tp_dim` None: all of it. `tp_grad` partial: each rank's gradient is its part of a sum over tp, which reading the
-    parameter through `copy` completes. `shape` is the global one.
+    parameter through `copy` completes. `shape` is the global one. `ep_dim`, never beside a `tp_dim`: dealt out over
+    ep, to data ranks; the gradient is of the tokens of all of them.
     """
 
     tp_dim: int | None
     tp_grad: Literal["full", "partial"]
     shape: torch.Size
+    ep_dim: int | None = None
+
+    @property
+    def dim(self) -> int | None:
+        """The dimension that is cut, over tp or over ep."""
+        return self.tp_dim if self.ep_dim is None else self.ep_dim
+
+    def place(self, mesh: Mesh) -> tuple[int, int]:
+        """(rank, size) of this process on the axis that cuts the parameter."""
+        return (mesh.tp_rank, mesh.tp_size) if self.ep_dim is None else (mesh.ep_rank, mesh.ep_size)
 
     def of(self, rank: int, size: int) -> tuple[slice, ...]:
         """The index of rank `rank`'s slice, of `size` ranks, in the global tensor."""
         index = [slice(None)] * len(self.shape)
-        if self.tp_dim is not None:
-            width = self.shape[self.tp_dim] // size
-            index[self.tp_dim] = slice(rank * width, (rank + 1) * width)
+        if self.dim is not None:
+            width = self.shape[self.dim] // size
+            index[self.dim] = slice(rank * width, (rank + 1) * width)
         return tuple(index)
 
     def local_shape(self, size: int) -> torch.Size:
         """The shape of a rank's slice, of `size` ranks."""
-        return torch.Size(n // size if dim == self.tp_dim else n for dim, n in enumerate(self.shape))
+        return torch.Size(n // size if dim == self.dim else n for dim, n in enumerate(self.shape))
 
 
 def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str, Split] = PLAN) -> dict[str, Slice]:
@@ -66,15 +80,22 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
     """
     config, tp = model.config, mesh.tp_size
     splits = {name: split_of(name, dict(plan)) for name, _ in model.named_parameters()}
-    slices = slices_of(model, tp, sequence_parallel=mesh.sequence_parallel, plan=plan)
+    slices = slices_of(model, tp, sequence_parallel=mesh.sequence_parallel, plan=plan, ep_size=mesh.ep_size)
+    for name, part in slices.items():
+        if part.dim is None:
+            continue
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        parameter = module._parameters[leaf]
+        assert parameter is not None and parameter.is_meta, f"{name}: cut a model on the meta device"
+        module._parameters[leaf] = nn.Parameter(parameter.new_empty(part.local_shape(part.place(mesh)[1])))
+    for region in model.modules():
+        if mesh.ep_size > 1 and isinstance(region, Experts):
+            exchange_tokens(region, mesh.group("ep"))
     if tp == 1:
         return slices
     border = Border(mesh.group("tp"), mesh.sequence_parallel)
     for name, split in splits.items():
         module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        parameter = module._parameters[leaf]
-        assert parameter is not None and parameter.is_meta, f"{name}: cut a model on the meta device"
-        module._parameters[leaf] = nn.Parameter(parameter.new_empty(slices[name].local_shape(tp)))
         partial = slices[name].tp_grad == "partial"
         if split.kind == "added":
             add_after(module, border.group, partial=partial)
@@ -102,32 +123,45 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
                 enter_overlapped(region, columns, border)
             else:
                 enter_before(region, border)
+        if any(fnmatchcase(name, pattern) for pattern in EXITS):
+            leave_after(region, border)
+        if isinstance(region, Experts):
+            count = config.experts // tp
+            region.share = ExpertSlice(mesh.tp_rank * count, count, config.experts, border.group)
     width = config.padded_vocab_size // tp
     model.head.vocabulary = VocabularySlice(config.vocab_size, mesh.tp_rank * width, border.group)
     return slices
 
 
 def slices_of(
-    model: LM, tp_size: int, *, sequence_parallel: bool = False, plan: Mapping[str, Split] = PLAN
+    model: LM,
+    tp_size: int,
+    *,
+    sequence_parallel: bool = False,
+    plan: Mapping[str, Split] = PLAN,
+    ep_size: int = 1,
 ) -> dict[str, Slice]:
-    """How `model`, which stays whole, would be cut on `tp_size` ranks; needs no process group.
+    """How `model`, which stays whole, would be cut on `tp_size` ranks, or `ep_size`; needs no process group.
 
     Raises as `apply_plan`.
     """
     check_tp(model.config, tp_size)
     return {
-        name: _slice(model, name, split_of(name, dict(plan)), tp_size, sequence_parallel)
+        name: _slice(model, name, split_of(name, dict(plan)), tp_size, sequence_parallel, ep_size)
         for name, _ in model.named_parameters()
     }
 
 
-def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: bool) -> Slice:
+def _slice(model: LM, name: str, split: Split, tp_size: int, sequence_parallel: bool, ep_size: int) -> Slice:
     shape = model.get_parameter(name).shape
+    if split.over == "experts" and ep_size > 1:
+        assert tp_size == 1 and shape[0] % ep_size == 0, "the config refuses this"
+        return Slice(None, "full", shape, ep_dim=0)
     if split.kind in ("replicated", "added"):
         return Slice(None, "partial" if sequence_parallel else "full", shape)
     if split.kind == "shared" or _held_whole(model, split, tp_size):
         return Slice(None, "partial" if tp_size > 1 else "full", shape)
-    return Slice(1 if split.kind in ("row", "inner") else 0, "full", shape)
+    return Slice(1 if split.kind in ("row", "inner", "part") else 0, "full", shape)
 
 
 def _held_whole(model: LM, split: Split, tp_size: int) -> bool:

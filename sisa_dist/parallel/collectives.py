@@ -1,11 +1,13 @@
-"""The four collectives of tensor parallelism as autograd functions: copy, reduce, gather, scatter.
+"""The collectives of tensor and of expert parallelism as autograd functions.
 
-Each is the other's transpose (Shoeybi et al. 2019, f and g; Korthikanti et al. 2022, g and ḡ for sequences):
+Each is the other's transpose (Shoeybi et al. 2019, f and g; Korthikanti et al. 2022, g and ḡ for sequences), the
+exchange of rows its own (Lepikhin et al. 2020):
 
     copy      forward identity                backward all-reduce
     reduce    forward all-reduce              backward identity
     gather    forward all-gather              backward reduce-scatter      along the sequence
     scatter   forward reduce-scatter          backward all-gather          along the sequence
+    exchange  forward all-to-all              backward all-to-all back     of rows
 
 With one rank in the group they are the identity. Tensors are made contiguous before they are sent: gloo sends the
 storage of a strided tensor in memory order, without a word.
@@ -13,6 +15,7 @@ storage of a strided tensor in memory order, without a word.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +47,12 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial results [B, T, …] → this rank's [B, T/tp, …] of their sum."""
     return x if group.size() == 1 else _Scatter.apply(x, group)
+
+
+def exchange(x_MD: Tensor, group: dist.ProcessGroup, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Rows to other ranks: the first sent[0] go to rank 0, the next sent[1] to rank 1; as ordered, received[r] come
+    from rank r. [sum(sent), D] → [sum(received), D]; either may be 0. Gradients go the way back."""
+    return _Exchange.apply(x_MD, group, sent, received)
 
 
 class _Copy(torch.autograd.Function):
@@ -87,6 +96,27 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return all_gather(grad, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: Tensor, group: dist.ProcessGroup, sent: Sequence[int], received: Sequence[int]
+    ) -> Tensor:
+        ctx.group, ctx.sent, ctx.received = group, sent, received
+        return all_to_all(x_MD, group, sent=sent, received=received)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return all_to_all(grad_MD, ctx.group, sent=ctx.received, received=ctx.sent), None, None, None
+
+
+def all_to_all(x: Tensor, group: dist.ProcessGroup, *, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """`exchange` without a gradient, of rows of any shape and dtype."""
+    x = x.contiguous()
+    found = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(found, x, list(received), list(sent), group=group)
+    return found
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -64,9 +64,9 @@ class FlatShard(torch.Tensor):
 
     @staticmethod
     def of(flat: Tensor, start: int, part: Slice, mesh: Mesh) -> FlatShard:
-        """Elements start.. of the row-major slice `part` of this tp rank; `flat` [n], n may be 0."""
+        """Elements start.. of the row-major slice `part` of this rank; `flat` [n], n may be 0."""
         shard = torch.Tensor._make_subclass(FlatShard, flat.detach())
-        index = part.of(mesh.tp_rank, mesh.tp_size)
+        index = part.of(*part.place(mesh))
         corner = [cut.start or 0 for cut in index]
         shape = tuple(
             (cut.stop - cut.start) if cut.start is not None else n for cut, n in zip(index, part.shape, strict=True)

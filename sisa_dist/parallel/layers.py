@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sisa_dist.model.loss import Vocabulary
+from sisa_dist.model.moe import Share
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.parallel import collectives
@@ -161,6 +162,16 @@ class VocabularySlice(Vocabulary):
     def _group(self) -> dist.ProcessGroup:
         assert self.group is not None
         return self.group
+
+
+@dataclass(frozen=True)
+class ExpertSlice(Share):
+    """The experts of one rank; every rank of the group routes the same tokens."""
+
+    group: dist.ProcessGroup
+
+    def sum(self, x: Tensor) -> Tensor:
+        return collectives.reduce(x, self.group)
 
 
 def sum_gradients(

@@ -3,6 +3,9 @@
 Ranks are numbered with tp innermost, so that a tensor-parallel group stands on one host, then dp_shard, then
 dp_replicate. The device mesh lists tp *before* dp_shard: a parameter is cut by tp first and its slice by FSDP, and in
 that order both cuts are plain shards, also when they fall on one dimension.
+
+Expert parallelism makes no ranks of its own. It lays a second mesh over the data ranks, ep × expert_dp: those of one
+ep group exchange tokens and stand next to each other, those along expert_dp hold the same experts.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from sisa_dist.config import ParallelConfig, UserError
 
 AXES = ("dp_replicate", "tp", "dp_shard")
+EXPERT_AXES = ("ep", "expert_dp")
 
 
 class Pulse:
@@ -45,13 +49,15 @@ class Mesh:
     """This process's place. `device_mesh` has the axes dp_replicate, tp, dp_shard, each of at least one rank.
 
     A data rank (`dp_rank` of `dp_size`) is a place on dp_replicate × dp_shard; the ranks of one tp group share it,
-    and with it their data. Under sequence parallelism the tp group also shares out the sequence.
+    and with it their data. Under sequence parallelism the tp group also shares out the sequence. With ep over 1
+    `expert_mesh` has the axes ep and expert_dp over the ranks of dp_shard.
     """
 
     device: torch.device
     device_mesh: DeviceMesh
     sequence_parallel: bool = False
     pulse: Pulse = field(default_factory=Pulse, compare=False)
+    expert_mesh: DeviceMesh | None = None
 
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """Say what this rank does next, before whatever may wait for other ranks."""
@@ -76,6 +82,14 @@ class Mesh:
         return self.size("dp_replicate") * self.size("dp_shard")
 
     @property
+    def ep_rank(self) -> int:
+        return 0 if self.expert_mesh is None else self.expert_mesh.get_local_rank("ep")
+
+    @property
+    def ep_size(self) -> int:
+        return self.size("ep")
+
+    @property
     def world_size(self) -> int:
         return self.device_mesh.size()
 
@@ -84,10 +98,18 @@ class Mesh:
         return dist.get_rank() == 0
 
     def size(self, axis: str) -> int:
-        return self.device_mesh.size(AXES.index(axis))
+        """Of an axis of either mesh; without expert parallelism ep is 1 and expert_dp the whole of dp_shard."""
+        if axis in AXES:
+            return self.device_mesh.size(AXES.index(axis))
+        if self.expert_mesh is None:
+            return 1 if axis == "ep" else self.size("dp_shard")
+        return self.expert_mesh.size(EXPERT_AXES.index(axis))
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        return self.device_mesh.get_group(axis)
+        if axis in AXES:
+            return self.device_mesh.get_group(axis)
+        assert self.expert_mesh is not None, "without expert parallelism there are no groups for it"
+        return self.expert_mesh.get_group(axis)
 
     def sum_over(self, tensor: torch.Tensor, *axes: str) -> torch.Tensor:
         """The sum over the ranks of `axes`, on every rank; the argument is left as it is."""
@@ -147,11 +169,16 @@ def init_mesh(parallel: ParallelConfig, *, device: str = "auto", timeout: timede
     # A new tensor, row by row: torch 2.11 reads an axis's place off the strides, which a permuted axis of one keeps.
     ranks = torch.tensor(torch.arange(world_size).view(replicate, shard, tp).permute(0, 2, 1).tolist())
     device_mesh = DeviceMesh(chosen.type, ranks, mesh_dim_names=AXES)
+    groups, expert_mesh = device_mesh.get_all_groups(), None
+    if parallel.ep > 1:
+        ranks = torch.tensor(torch.arange(world_size).view(-1, parallel.ep).t().tolist())
+        expert_mesh = DeviceMesh(chosen.type, ranks, mesh_dim_names=EXPERT_AXES)
+        groups += expert_mesh.get_all_groups()
     if timeout is not None and world_size > 1:
         # A DeviceMesh makes its groups with PyTorch's default, half an hour on gloo, whatever the world's is.
-        for group in (dist.group.WORLD, *device_mesh.get_all_groups()):
+        for group in (dist.group.WORLD, *groups):
             _set_pg_timeout(timeout, group)
-    return Mesh(chosen, device_mesh, parallel.sequence_parallel)
+    return Mesh(chosen, device_mesh, parallel.sequence_parallel, expert_mesh=expert_mesh)
 
 
 def _sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
@@ -169,7 +196,13 @@ def _sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
             f"launched: launch a multiple of {tp * replicate}, or set parallel.tp=1, parallel.dp_replicate=1 and "
             "parallel.sequence_parallel=false"
         )
-    return replicate, world_size // (tp * replicate), tp
+    shard = world_size // (tp * replicate)
+    if shard % parallel.ep:  # the config refuses ep beside tp or dp_replicate
+        good = [n for n in range(1, shard + 1) if shard % n == 0]
+        raise UserError(
+            f"parallel.ep {parallel.ep} does not divide the {shard} data rank(s) launched: set it to one of {good}"
+        )
+    return replicate, shard, tp
 
 
 def _device(name: str) -> torch.device:

@@ -1,9 +1,10 @@
 """How tensor parallelism splits the model: a table of data. `apply.py` carries it out; a new mixer adds lines here.
 
-`PLAN` gives every parameter, by a pattern of its full name, one of seven kinds:
+`PLAN` gives every parameter, by a pattern of its full name, one of eight kinds:
 
     column      tp_dim 0: rows of a projection, or of a per-head parameter, are dealt out
     row         tp_dim 1: columns are dealt out, and the module's output is a partial sum
+    part        tp_dim 1, as row, but the partial sum is added to others, which leave the region together (EXITS)
     inner       tp_dim 1, as row, but inside a region: the sum over ranks is what each goes on with
     vocab       tp_dim 0: rows of the embedding or the head
     replicated  whole on every rank, used on the residual stream: under sequence parallelism each rank sees only its
@@ -27,7 +28,7 @@ from typing import Literal
 
 from sisa_dist.config import ModelConfig, UserError
 
-Kind = Literal["column", "row", "inner", "vocab", "replicated", "added", "shared"]
+Kind = Literal["column", "row", "inner", "vocab", "replicated", "added", "shared", "part"]
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,22 @@ PLAN: dict[str, Split] = {
     "blocks.*.mlp.up.bias": Split("column", "d_ff"),
     "blocks.*.mlp.down.weight": Split("row", "d_ff"),
     "blocks.*.mlp.down.bias": Split("added"),
+    # mixture of experts: every rank routes every token, and computes what its own experts give
+    "blocks.*.mlp.router.weight": Split("shared"),
+    "blocks.*.mlp.experts.gate": Split("column", "experts"),
+    "blocks.*.mlp.experts.up": Split("column", "experts"),
+    "blocks.*.mlp.experts.down": Split("column", "experts"),
+    "blocks.*.mlp.shared.gate.weight": Split("column", "shared_d_ff"),
+    "blocks.*.mlp.shared.up.weight": Split("column", "shared_d_ff"),
+    "blocks.*.mlp.shared.down.weight": Split("part", "shared_d_ff"),
 }
 
 SHARED_BY_HEADS = ("kv_heads", "ssm_groups")
 
 # Modules whose input enters the tp region once, for all the column layers inside; their row layer leaves it.
 REGIONS = ("blocks.*.mixer", "blocks.*.mlp", "head")
+# Modules whose input is the sum of a rank's parts: where it leaves the region, if no row layer of it does.
+EXITS = ("blocks.*.mlp.total",)
 
 
 def split_of(name: str, plan: dict[str, Split] = PLAN) -> Split:
@@ -129,6 +140,8 @@ def check_tp(model: ModelConfig, tp: int) -> None:
             remedy += f", or model.ssm.head_dim so that there are a multiple of {tp}"
         elif misfit == "d_ff":
             remedy += f", or model.d_ff to {size // tp * tp} or {(size // tp + 1) * tp}"
+        elif misfit in ("experts", "shared_d_ff"):
+            remedy += f", or model.moe.{'experts' if misfit == 'experts' else 'd_ff'} to a multiple of {tp}"
         else:
             remedy += f", or model.{name} to a multiple of {tp}"
         raise UserError(f"parallel.tp {tp} does not divide {name} {size}: {remedy}")

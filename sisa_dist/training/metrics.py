@@ -63,7 +63,8 @@ class Metrics:
             flat: dict[str, Any] = {}
             for name, value in values.items():
                 if isinstance(value, list):
-                    flat |= {f"{kind}/{name}/{layer}": v for layer, v in enumerate(value) if v is not None}
+                    numbers = enumerate(min(v) if isinstance(v, list) else v for v in value)  # of experts the least
+                    flat |= {f"{kind}/{name}/{layer}": v for layer, v in numbers if v is not None}
                 elif isinstance(value, dict):
                     flat |= {f"{kind}/{name}/{source}": v for source, v in value.items()}
                 else:

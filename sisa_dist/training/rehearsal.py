@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -117,6 +117,9 @@ def _to_empty(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def _name_moments(model: LM, meter: MemoryMeter) -> list[str]:
@@ -131,8 +134,9 @@ def _name_moments(model: LM, meter: MemoryMeter) -> list[str]:
         return lambda module, arguments: begin(f"forward of {name}")
 
     def after(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            output.register_hook(lambda grad: begin(f"backward of {name}"))
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output  # experts say how they routed, behind it
+            first.register_hook(lambda grad: begin(f"backward of {name}"))
 
         return hook
 

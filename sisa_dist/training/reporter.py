@@ -10,10 +10,13 @@ from data_pipeline.loader import Loader, StepBatch
 from sisa_dist.checkpoint import Saved, TrainState
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import StepResult
+from sisa_dist.engine.experts import ExpertLoad
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+
+COLLAPSED = 0.01  # of its fair share of tokens: an expert with less learns next to nothing
 
 
 class Reporter:
@@ -78,6 +81,31 @@ class Reporter:
     def layers(self, state: TrainState, layers: dict[str, list[float | None]]) -> None:
         if any(value is not None for value in layers["lambda"]):
             self._metrics.write("layers", state.step, **layers)
+
+    def experts(self, state: TrainState, load: ExpertLoad) -> None:
+        """Since the last such record (or since the run was started again); one line where experts starve."""
+        self._metrics.write(
+            "experts",
+            state.step,
+            layers=load.layers,
+            counts=load.counts,
+            balance_loss=load.balance_loss,
+            z_loss=load.z_loss,
+        )
+        starved = [
+            (layer, expert, count * len(counts) / sum(counts))
+            for layer, counts in zip(load.layers, load.counts, strict=True)
+            for expert, count in enumerate(counts)
+            if count * len(counts) < COLLAPSED * sum(counts)
+        ]
+        if starved:
+            layer, expert, share = starved[0]
+            others = f", and so did {len(starved) - 1} others" if starved[1:] else ""
+            self._console.note(
+                state.step,
+                f"warning: expert {expert} of layer {layer} got {share:.2%} of its fair share of tokens{others}: "
+                "routing collapses; raise model.moe.balance_weight or bias_rate, or lower optimizer.lr",
+            )
 
     def evaluation(self, state: TrainState, losses: dict[str, float]) -> None:
         """`losses` by source. Of a mixture the mean by shares counts, and each source's stands beside it."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from sisa_dist.config import RunConfig
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
+from sisa_dist.parallel.storage import fsdp_dim
 from sisa_dist.training.zero import FP32, States, zero_states
 
 
@@ -19,12 +20,12 @@ def states(config: RunConfig, slices: Mapping[str, Slice], mesh: Mesh, *, shard_
     sizes = local_shapes(slices, mesh)
     if config.engine.kind == "deepspeed":
         return zero_states(config.engine.zero_stage, sizes, slices, mesh.size("dp_shard"))
-    # FSDP2 cuts dim 0 in chunks of ceil(rows / ranks): the last ranks may hold less, or nothing.
-    numbers = []
+    # FSDP2 cuts a dimension in chunks of ceil(rows / ranks): the last ranks may hold less, or nothing.
+    numbers, ranks = [], mesh.size("dp_shard")
     for shape in sizes.values():
-        rows = -(-shape[0] // mesh.size("dp_shard"))
-        mine = max(0, min(rows, shape[0] - shard_rank * rows))
-        numbers.append(mine * math.prod(shape[1:]))
+        length = shape[fsdp_dim(shape, ranks)]
+        rows = -(-length // ranks)
+        numbers.append(max(0, min(rows, length - shard_rank * rows)) * math.prod(shape) // length)
     held = FP32 * sum(numbers)
     return States(held, held, 2 * held + FP32 * len(numbers))
 

@@ -124,6 +124,10 @@ def _loop(
             if reporter:
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, batch=batch, loader=loader)
                 reporter.saves(saver.collect())
+            if (step + 1) % config.logging.every == 0 or step + 1 == training.steps:
+                load = engine.expert_load()
+                if reporter and load is not None:
+                    reporter.experts(state, load)
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from distributed.probing import on_gradients, weights
-from mixer_cases import RIVALS
+from mixer_cases import MIXTURES, RIVALS
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
 from sisa_dist.engine.optim import build_optimizer
-from sisa_dist.model import build_model, loss
+from sisa_dist.model import LM, build_model, loss
 from sisa_dist.model.init import Constant, Normal
 from sisa_dist.parallel.mesh import init_mesh
 
@@ -40,6 +40,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
     "tp2_dp2_sp": (4, {"tp": 2, "dp": 2, "sequence_parallel": True}),
     "hsdp_2x2": (4, {"dp": 4, "dp_replicate": 2}),
     "dp4": (4, {"dp": 4}),
+    "ep2": (2, {"dp": 2, "ep": 2}),
+    "ep2_dp4": (4, {"dp": 4, "ep": 2}),
+    "ep4": (4, {"dp": 4, "ep": 4}),
 }
 
 
@@ -62,7 +65,7 @@ class Case:
     """One point of the grid. The first five axes are the promise; the rest ride along in the covering subset."""
 
     layout: str
-    mixer: str  # sisa | attention | one of RIVALS
+    mixer: str  # sisa | attention | one of RIVALS or MIXTURES
     n_kv_heads: int  # 4 is no GQA; 2 and 1 are held whole where tp is larger
     d_s: str  # uniform | heterogeneous (under attention: a sisa layer beside it)
     precision: str  # fp32 | bf16
@@ -83,7 +86,7 @@ class Case:
         return LAYOUTS[self.layout][0]
 
     def config(self) -> RunConfig:
-        rival = RIVALS.get(self.mixer)
+        rival = (RIVALS | MIXTURES).get(self.mixer)
         mixers, d_s = (
             (self.mixer, None)
             if rival is not None
@@ -124,7 +127,7 @@ class Case:
 
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4"),  # which is ZeRO's
+    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4" and "ep" not in layout),  # ZeRO's or mixtures'
     "mixer": ("sisa", "attention"),
     "n_kv_heads": (4, 2, 1),
     "d_s": ("uniform", "heterogeneous"),
@@ -212,7 +215,7 @@ def run_plain(case: Case) -> Outcome:
     with constants_with_noise():
         config = case.config()
         model = build_model(config.model, attention=config.attention)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial = {name: x.detach().clone() for name, x in model.state_dict().items()}
     everything = batch(case, 0)
     with torch.no_grad():
         log_prob, is_argmax = model(everything.tokens, everything.labels, doc_ids_BT=everything.doc_ids, per_token=True)
@@ -228,10 +231,23 @@ def run_plain(case: Case) -> Outcome:
             group["lr"] = LR * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
+        _move_biases(model)
         losses.append((loss_sum / count).item())
         norms.append(norm.item())
-    final = {name: p.detach().clone() for name, p in model.named_parameters()}
+    final = {name: x.detach().clone() for name, x in model.state_dict().items()}
     return Outcome(initial, log_prob, is_argmax, losses, norms, gradients, final)
+
+
+def _move_biases(model: LM) -> None:
+    """The bias of every router, by the rule itself: up by the rate where an expert got less than its share."""
+    if model.config.moe is not None and model.config.moe.balance == "bias":
+        assert model.routed is not None
+        for row, layer in enumerate(model.routed_layers):
+            counts = model.routed.counts_LE[row].tolist()
+            for expert, count in enumerate(counts):
+                fair = sum(counts) / len(counts)
+                model.blocks[layer].mlp.router.bias[expert] += 0.001 * ((count < fair) - (count > fair))  # type: ignore
+        model.reset_statistics()
 
 
 def batch(case: Case, step: int) -> Batch:

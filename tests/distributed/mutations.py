@@ -147,6 +147,18 @@ def _unmasked(module: layers.VocabularyEmbedding, tokens_BT: Tensor) -> Tensor:
     return module.border.leave(torch.nn.functional.embedding(row_BT, module.weight))
 
 
+def _experts_of_the_next(engine: Any) -> None:
+    """Each rank takes its experts for those of the next."""
+    for block in engine.model.blocks:
+        experts = block.mlp.experts
+        first = (experts.share.first + experts.share.count) % experts.share.total
+        experts.share = dataclasses.replace(experts.share, first=first)
+
+
+def _counted_by_every_rank(share: layers.ExpertSlice, x: Tensor) -> Tensor:
+    return collectives.copy(collectives.reduce(x, share.group), share.group)
+
+
 def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
     """Nothing is done, so the module adds its bias to its own part of the sum."""
 
@@ -199,5 +211,9 @@ MUTATIONS: dict[str, Any] = {
     "a sum inside a region left out": mock.patch.object(apply, "sum_after", _left_alone),
     "partial marked full: a gain of Mamba's time steps": _marked_full("*.dt_norm.weight"),
     "a group's rows from the first group": mock.patch.object(apply, "_own_rows", _first_rows),
+    "partial marked full: a router": _marked_full("*.router.weight"),
+    "experts of another rank": _experts_of_the_next,
+    "router's losses counted by every rank": mock.patch.object(layers.ExpertSlice, "sum", _counted_by_every_rank),
+    "tp_dim dropped from experts": _in_the_norm("*.experts.up", None),
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

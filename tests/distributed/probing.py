@@ -13,14 +13,15 @@ from sisa_dist.engine.fsdp import FSDP2Engine
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    """Every parameter whole, by full name."""
+    """Every parameter and buffer whole, by full name."""
     if isinstance(engine, FSDP2Engine):
         state = engine.state_tensors()
         return {name[6:]: whole(tensor) for name, tensor in state.items() if name.startswith("model.")}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.model.parameters()), enabled=engine.stage == 3):  # type: ignore
-        return {n: whole(engine._as_global(n, p.data)) for n, p in engine.model.named_parameters()}  # type: ignore
+        found = {n: whole(engine._as_global(n, p.data)) for n, p in engine.model.named_parameters()}  # type: ignore
+    return found | {n: whole(buffer) for n, buffer in engine.model.named_buffers()}  # type: ignore[attr-defined]
 
 
 def on_gradients(engine: Any, see: Callable[[dict[str, Tensor]], None]) -> None:

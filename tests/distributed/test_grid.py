@@ -79,6 +79,7 @@ SP = Case("tp2_sp", "sisa", 4, "heterogeneous", "fp32")
 NEOX, NEOX_SP, BIASED = STYLED[0], STYLED[1], STYLED[5]
 JAMBA, MAMBA2, MAMBA3 = (Case("tp2", name, 4, "uniform", "fp32") for name in ("jamba", "mamba2", "mamba3"))
 GROUPS = Case("tp4", "mamba2_groups", 4, "uniform", "fp32")
+MIXED = Case("tp2", "moe", 4, "uniform", "fp32")
 MISTAKES: dict[str, tuple[Case, str]] = {
     "tp_dim dropped from a column": (SLICED, "norm 0"),
     "tp_dim dropped from a row": (SLICED, "norm 0"),
@@ -117,6 +118,10 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "a row layer's bias not summed under sp": (NEOX_SP, "gradient blocks.0.mixer.wo.bias"),
     "a norm's bias not summed under sp": (NEOX_SP, "gradient blocks.0.norm1.bias"),
     "partial marked full: a kv bias held whole": (BIASED, "gradient blocks.0.mixer.wk.bias"),
+    "partial marked full: a router": (MIXED, "gradient blocks.0.mlp.router.weight"),
+    "experts of another rank": (MIXED, "score"),
+    "router's losses counted by every rank": (MIXED, "gradient blocks.0.mlp.router.weight"),
+    "tp_dim dropped from experts": (MIXED, "norm 0"),
 }
 
 

@@ -23,6 +23,7 @@ def test_every_parameter_has_one_line_and_every_line_a_parameter() -> None:
         models = [build_model(model_config(qk_norm=True, tie_embeddings=tied)) for tied in (True, False)]
         models.append(build_model(model_config(norm="layernorm", attention_bias="all", mlp_bias=True)))
         models += [build_model(ModelConfig(**(BASE | rival))) for rival in RIVALS.values()]
+        models.append(build_model(model_config(mlp="moe", moe={"experts": 4, "shared": 1})))
     used = set()
     for model in models:
         for name, _ in model.named_parameters():
@@ -53,6 +54,16 @@ def test_a_parameter_without_a_line_or_with_two_is_a_mistake_in_the_plan() -> No
         ),
         ({"d_ff": 97}, 2, r"d_ff 97: set parallel\.tp to 1, or model\.d_ff to 96 or 98"),
         (
+            {"mlp": "moe", "moe": {"experts": 6}},
+            4,
+            r"experts 6: set parallel\.tp to one of \[1, 2\], or model\.moe\.experts to a multiple of 4",
+        ),
+        (
+            {"mlp": ["moe", "swiglu"], "moe": {"experts": 4, "shared": 1, "d_ff": 10}},
+            4,
+            r"shared_d_ff 10: set parallel\.tp to one of \[1, 2\], or model\.moe\.d_ff to a multiple of 4",
+        ),
+        (
             {"vocab_size": 251, "vocab_multiple": 1},
             2,
             r"padded vocabulary 251: set parallel\.tp to 1, or model\.vocab_multiple to a multiple of 2, such as 128",
@@ -68,6 +79,10 @@ def test_tp_that_does_not_divide_is_refused_with_what_would(changes: dict[str, A
 def test_fewer_kv_heads_than_tp_are_fine(n_kv_heads: int) -> None:
     for tp in (1, 2, 4, 8):
         check_tp(model_config(n_kv_heads=n_kv_heads), tp)
+
+
+def test_a_d_ff_that_no_layer_has_does_not_refuse_tp() -> None:
+    check_tp(model_config(mlp="moe", d_ff=97, moe={"experts": 4}), 2)
 
 
 @pytest.mark.parametrize(

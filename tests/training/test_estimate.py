@@ -103,6 +103,8 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
             "model.parallel_residual=true",
         ],
     ),
+    "attention_moe": (1, [*ATTENTION, "model.mlp=moe", "model.moe={experts: 4}"]),
+    "moe_dp2_checkpointed": (2, [*CHECKPOINTED, "model.mlp=moe", "model.moe={experts: 4, shared: 1}"]),
     "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
 }
 

@@ -1,0 +1,49 @@
+"""Mixtures of experts equal one process: experts dealt out over tp (ep2, ep4), and as ordinary parameters elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+
+from distributed.comparing import errors, red
+from distributed.grid import Case, run_case, run_plain
+from distributed.pool import run_job
+from mixer_cases import MIXTURES
+
+ZERO1, ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (1, 2, 3))
+
+FAST = [
+    case
+    for name in MIXTURES
+    for case in (
+        Case("tp4", name, 4, "uniform", "fp32", documents=True, tied=False),
+        Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
+        Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
+        Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3, checkpointing=True),
+        Case("ep2_dp4", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
+    )
+]
+SLOW = [
+    case
+    for name in MIXTURES
+    for case in (
+        Case("tp2", name, 4, "uniform", "fp32"),
+        Case("dp2", name, 4, "uniform", "fp32", documents=True),
+        Case("hsdp_2x2", name, 4, "uniform", "fp32"),
+        Case("dp2", name, 4, "uniform", "fp32", engine=ZERO1, tied=False),
+        Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2, checkpointing=True),
+        Case("dp2", name, 4, "uniform", "fp32", engine=ZERO3),
+        Case("ep2", name, 4, "uniform", "fp32"),
+        Case("ep4", name, 4, "uniform", "fp32", tied=False),
+    )
+]
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_mixture_equals_one_process(case: Case) -> None:
+    want = run_plain(case.reference())
+    got = run_job(case.world_size, run_case, case)[0]
+    clip = case.config().optimizer.grad_clip
+    assert clip is not None and min(want.norms) > clip, "clipping must be active"
+    assert all((want.final[name] - tensor).abs().max() > 1e-4 for name, tensor in want.initial.items())
+    assert not red(errors(case, got, want))
