@@ -1,0 +1,58 @@
+"""Multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): many keys, asked for one after another.
+
+A sequence begins with key, value, key, value, …; behind them every key comes once more, in another order and at random
+places among blanks, and the label there is the value that stood behind it. The value itself is not repeated, so an
+earlier answer is never seen. Unlike the original, blanks are one token and places are uniform, not a power law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_pipeline.window import IGNORE, Batch
+from sisa_dist.config import UserError
+from sisa_dist.evaluation.synthetic import generator
+
+BLANK = 0
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Ids: 0 the blank, then `keys` keys, then `values` values. `pairs` different keys of a sequence of seq_len."""
+
+    pairs: int = 8
+    seq_len: int = 48
+    keys: int = 32
+    values: int = 32
+
+    def __post_init__(self) -> None:
+        if self.pairs > self.keys:
+            raise UserError(f"recall: {self.pairs} pairs of {self.keys} keys: a key stands once; lower the pairs")
+        if 3 * self.pairs > self.seq_len:
+            raise UserError(f"recall: {self.pairs} pairs and their queries need seq_len {3 * self.pairs} or more")
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.keys + self.values
+
+    @property
+    def chance(self) -> float:
+        """Of a model that knows the values of its sequence, not which belongs to which key."""
+        return 1 / self.pairs
+
+    def batch(self, number: int, size: int, *, seed: int, held_out: bool = False) -> Batch:
+        draw = generator(number, seed=seed, held_out=held_out)
+        pairs, start = self.pairs, 2 * self.pairs
+        keys_BP = 1 + draw.random((size, self.keys)).argsort(1)[:, :pairs]
+        values_BP = 1 + self.keys + draw.integers(self.values, size=(size, pairs))
+        order_BP = draw.random((size, pairs)).argsort(1)
+        places_BP = start + draw.random((size, self.seq_len - start)).argsort(1)[:, :pairs]
+        tokens_BT = np.full((size, self.seq_len), BLANK, dtype=np.int64)
+        labels_BT = np.full((size, self.seq_len), IGNORE, dtype=np.int64)
+        tokens_BT[:, 0:start:2], tokens_BT[:, 1:start:2] = keys_BP, values_BP
+        np.put_along_axis(tokens_BT, places_BP, np.take_along_axis(keys_BP, order_BP, 1), 1)
+        np.put_along_axis(labels_BT, places_BP, np.take_along_axis(values_BP, order_BP, 1), 1)
+        return Batch(torch.from_numpy(tokens_BT), torch.from_numpy(labels_BT), None)
