@@ -7,7 +7,7 @@ resume, without a loader, a tokenizer and what hangs on them.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from sisa_dist.checkpoint import Damaged, Saver, TrainState, list_checkpoints, read_state, read_tensors, verify
@@ -108,7 +108,12 @@ def _loop(
         numbers = range(state.cursor, state.cursor + windows // size)
         result = engine.train_step([task.batch(n, size, seed=config.seed) for n in numbers], lr, stop=bool(stop))
         seconds = time.perf_counter() - started
-        state = replace(state.after(result, cursor=numbers.stop, seconds=seconds))
+        state = state.after(result, cursor=numbers.stop, seconds=seconds)
+        most = training.max_skipped_steps
+        if most is not None and state.skipped_in_row >= most:
+            raise UserError(
+                f"step {state.step}: {most} steps in a row were skipped: it has diverged: lower optimizer.lr"
+            )
         values = {key: value for key, value in asdict(result).items() if key not in ("tokens", "stop")}
         rate = windows * training.seq_len / seconds  # all positions, as in text, not the labels that count
         metrics.write(
