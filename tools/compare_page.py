@@ -118,8 +118,8 @@ def _about(comparison: Comparison, task: str) -> str:
             f"still help). {'; '.join(skipped)}"
         )
     what = (
-        f"{training.seq_len // 6} keys with their values, then keys alone: which value was it? Guessing among the values "
-        f"of the sequence gives about {600 / training.seq_len:.0f} %."
+        f"{training.seq_len // 6} keys with their values, then keys alone: which value was it? Guessing among the "
+        f"values of the sequence gives about {600 / training.seq_len:.0f} %."
         if task == "recall"
         else f"Of every prefix of {training.seq_len} bits: is the number of ones even or odd? Scored in the later half."
     )

@@ -24,11 +24,10 @@ _RUN = Path(__file__).with_name("compare_run.py")
 def run_jobs(jobs: Sequence[Job], at_once: int, console: Console, *, what: str) -> dict[Job, str]:
     """Does them in order; returns those that failed and why. `what`: a word for the console."""
     failed: dict[Job, str] = {}
-    for job in jobs:
-        job.write()
     if at_once == 1:
         for number, job in enumerate(jobs, 1):
             started = time.perf_counter()
+            job.write()
             try:
                 execute(job.folder)
             except UserError as error:
@@ -48,6 +47,7 @@ def _beside(jobs: list[Job], at_once: int, console: Console, what: str) -> dict[
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
+                job.write()
                 with (job.folder / "log.txt").open("ab") as log:
                     # In a session of its own: Ctrl-C comes to us alone, and the run then saves.
                     process = subprocess.Popen(

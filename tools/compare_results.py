@@ -5,7 +5,7 @@ The convergence check of a run, stated on the page too:
 - text: the held-out loss ends below the unigram baseline, and fell by at most FLAT_LOSS over the last tenth of steps;
 - a task: solved (accuracy ≥ SOLVED), or above chance and level: accuracy moved by at most FLAT_ACCURACY over the last
   fifth of the steps at full learning rate. Level at chance says nothing: both tasks are learned of a sudden.
-A system is ranked only where every run of it passed.
+A system is ranked only where every run of it is there and passed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass
 class Row:
-    """A system in a task. `undertrained`: why, one entry for every run that failed its check."""
+    """A system in a task. `undertrained`: why it is not ranked, an entry for every run that failed."""
 
     system: str
     parameters: int
@@ -101,6 +101,8 @@ def _row(comparison: Comparison, jobs: Sequence[Job]) -> Row:
         row.curves["accuracy"] = _curve([run["evaluation"] for run in metrics], "accuracy")
         row.figures["accuracy"] = figure([result["accuracies"] for result in results])
         row.figures["twice_as_long"] = figure([result["accuracies_twice_as_long"] for result in results])
+    if len(jobs) < comparison.seeds:
+        row.undertrained.append(f"{comparison.seeds - len(jobs)} of {comparison.seeds} runs are not there")
     for job, run, result in zip(jobs, metrics, results, strict=True):
         why = check(job.task, job.config, run, result)
         if why:

@@ -34,9 +34,8 @@ def blimp(
     hits: 1 or 0 for every pair, paradigms by name. Raises UserError for the files, and for a sentence longer than
     seq_len tokens.
     """
-    chosen = [pair for read in read_paradigms(path).values() for pair in read[:pairs]]
-    names = [name for name, read in read_paradigms(path).items() for _ in read[:pairs]]
-    examples = [make_example(tokenizer, sentence, seq_len=seq_len) for pair in chosen for sentence in pair]
+    chosen = [(name, pair) for name, read in read_paradigms(path).items() for pair in read[:pairs]]
+    examples = [make_example(tokenizer, sentence, seq_len=seq_len) for _, pair in chosen for sentence in pair]
     # Every rank fills in its own sentences; those of the others are 0 in the sum.
     sums = [0.0] * len(examples)
     for number, log_prob_T, _ in score_examples(scorer, examples, batch_size=batch_size, what="BLiMP", quiet=quiet):
@@ -44,7 +43,7 @@ def blimp(
     sums = scorer.sum_over_dp(sums)
     hits = [int(good > bad) for good, bad in zip(sums[::2], sums[1::2], strict=True)]
     by_name: dict[str, list[int]] = {}
-    for name, hit in zip(names, hits, strict=True):
+    for (name, _), hit in zip(chosen, hits, strict=True):
         by_name.setdefault(name, []).append(hit)
     return {
         "accuracy": sum(hits) / len(hits),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from compare_plan import Comparison, load_bases
 from compare_results import check
 from compare_systems import TOLERANCE, VARIANTS, choose, match, missing, parameters, systems
 from compare_task import train_task
+from rich.console import Console
 
 from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import RunConfig, UserError
@@ -38,9 +40,11 @@ TINY += [
     "text.evaluation.perplexity_windows=6",
     "text.training.eval_windows=2",
     "recall.training.seq_len=12",
-    "recall.training.global_batch_tokens=768",
+    "recall.training.micro_batch_size=8",
+    "parity.training.micro_batch_size=8",
+    "recall.training.global_batch_tokens=96",
     "parity.training.seq_len=8",
-    "parity.training.global_batch_tokens=512",
+    "parity.training.global_batch_tokens=64",
 ]
 STEPS = {"steps": 4, "eval_every": 2, "checkpoint_every": 2}
 TINY += [f"{task}.training.{key}={value}" for task in ("text", "recall", "parity") for key, value in STEPS.items()]
@@ -121,6 +125,17 @@ def test_end_to_end_killed_and_run_again(
     assert "begun with another training.steps (4, now 5)" in capsys.readouterr().err
 
 
+def test_runs_beside_each_other_and_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of processes: this tree, not an installed one
+    comparison = Comparison(tmp_path, tiny_bases(tmp_path), ["attention"], 2, [1.0], {})
+    good, bad = (comparison.job("parity", "attention", seed, 1.0) for seed in (0, 1))
+    small = bad.config.model_copy(update={"model": bad.config.model.model_copy(update={"vocab_size": 3})})
+    bad = replace(bad, config=small)
+    failed = compare_pool.run_jobs([bad, good], 2, Console(quiet=True), what="training")
+    assert list(failed) == [bad] and "the task has 4 ids: set it (exit code 2, see" in failed[bad]
+    assert good.done() and not bad.done()
+
+
 def test_a_task_goes_on_inside_a_run(tmp_path: Path) -> None:
     """Asked to stop in the middle and begun again, it trains the same steps to the bit."""
     config = match(tiny_bases(tmp_path)["parity"], "sisa").config
@@ -196,7 +211,7 @@ def test_learning_rates_are_runs_of_their_own(tmp_path: Path) -> None:
     jobs = comparison.jobs()
     assert len(jobs) == len({job.folder for job in jobs}) == 2 * 2 * 3
     peaks = {(job.task, job.config.optimizer.lr) for job in jobs}
-    assert peaks == {("text", 3e-3), ("text", 1.5e-3)} | {(t, lr) for t in TASKS[1:] for lr in (4e-3, 2e-3)}
+    assert peaks == {("text", 3e-3), ("text", 1.5e-3)} | {(t, lr) for t in TASKS[1:] for lr in (2e-3, 1e-3)}
     assert all(job.config.seed == job.seed for job in jobs)
     scaled = load_bases(["recall"], [], text=None, folder=tmp_path, scale=0.1)["recall"]
     whole = load_bases(["recall"], [], text=None, folder=tmp_path, scale=1.0)["recall"]
