@@ -227,12 +227,9 @@ def metrics(accuracies: list[float], *, skipped: int = 0) -> dict[str, Any]:
 
 
 def test_the_convergence_check(tmp_path: Path) -> None:
-    bases = tiny_bases(tmp_path)
-    bases = {
-        task: base.model_copy(update={"training": base.training.model_copy(update={"steps": 100})})
-        for task, base in bases.items()
-    }
-    bases["parity"].schedule.decay_steps = 20  # full rate until step 80: it is level from 64 to 80, or not
+    # Full rate until step 80: it is level from 64 to 80, or not.
+    of_100 = [f"{task}.training.steps=100" for task in TASKS] + ["parity.schedule.decay_steps=20"]
+    bases = load_bases(TASKS, [*TINY, *of_100], text=None, folder=tmp_path, scale=1.0)
 
     def of_parity(curve: list[float], last: float, **named: Any) -> str:
         return check("parity", bases["parity"], metrics(curve, **named), {"accuracies": [last, last]})
