@@ -114,12 +114,12 @@ def _about(comparison: Comparison, task: str) -> str:
             f"{source}: {trained}, sequences of {training.seq_len}. NIAH is the paper's: "
             f"{config.evaluation.niah_items} items of {config.evaluation.niah_context} tokens, five answers, so 20 % "
             "is a guess among them. A run passes when its loss ends below the unigram baseline and fell by at most "
-            f"{compare_results.FLAT_LOSS} nats over its last tenth (the learning rate falls to 0: more steps may "
-            f"still help). {'; '.join(skipped)}"
+            f"{compare_results.FLAT_LOSS} nats over the last fifth of the steps at full learning rate; more steps would "
+            f"help any of them. {'; '.join(skipped)}"
         )
     what = (
         f"{training.seq_len // 6} keys with their values, then keys alone: which value was it? Guessing among the "
-        f"values of the sequence gives about {600 / training.seq_len:.0f} %."
+        f"values of the sequence gives {100 / (training.seq_len // 6):.0f} %; twice the length has twice the keys."
         if task == "recall"
         else f"Of every prefix of {training.seq_len} bits: is the number of ones even or odd? Scored in the later half."
     )

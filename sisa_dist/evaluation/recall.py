@@ -20,7 +20,7 @@ from sisa_dist.evaluation.synthetic import generator
 
 @dataclass(frozen=True)
 class Recall:
-    """Ids: `keys` keys, then `values` values. `pairs` different keys of a sequence of seq_len."""
+    """Ids: `keys` keys, then `values` values. A sequence of seq_len has `pairs` different keys and as many values."""
 
     pairs: int = 8
     seq_len: int = 48
@@ -28,8 +28,11 @@ class Recall:
     values: int = 16
 
     def __post_init__(self) -> None:
-        if self.pairs > self.keys:
-            raise UserError(f"recall: {self.pairs} pairs of {self.keys} keys: a key stands once; lower the pairs")
+        if self.pairs > min(self.keys, self.values):
+            raise UserError(
+                f"recall: {self.pairs} pairs of {self.keys} keys and {self.values} values, each of which stands once: "
+                "lower the pairs"
+            )
         if 3 * self.pairs > self.seq_len:
             raise UserError(f"recall: {self.pairs} pairs and their queries need seq_len {3 * self.pairs} or more")
 
@@ -39,14 +42,14 @@ class Recall:
 
     @property
     def chance(self) -> float:
-        """Of a model that knows the values of its sequence, not which belongs to which key (about: values repeat)."""
+        """Of a model that knows the values of its sequence, not which belongs to which key."""
         return 1 / self.pairs
 
     def batch(self, number: int, size: int, *, seed: int, held_out: bool = False) -> Batch:
         draw = generator(number, seed=seed, held_out=held_out)
         pairs, start = self.pairs, 2 * self.pairs
         keys_BP = draw.random((size, self.keys)).argsort(1)[:, :pairs]
-        values_BP = self.keys + draw.integers(self.values, size=(size, pairs))
+        values_BP = self.keys + draw.random((size, self.values)).argsort(1)[:, :pairs]
         asked_BQ = draw.integers(pairs, size=(size, self.seq_len - start))
         tokens_BT = np.empty((size, self.seq_len), dtype=np.int64)
         labels_BT = np.full((size, self.seq_len), IGNORE, dtype=np.int64)

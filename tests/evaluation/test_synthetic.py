@@ -35,7 +35,7 @@ def test_recall_asks_for_keys_and_shows_no_answer(task: Recall) -> None:
     start, asked = 2 * task.pairs, set()
     for tokens, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
         values = dict(zip(tokens[0:start:2], tokens[1:start:2], strict=True))
-        assert len(values) == task.pairs  # every key once
+        assert len(values) == len(set(values.values())) == task.pairs  # nothing twice, so that guessing gives 1 / pairs
         assert labels == [IGNORE] * start + [values[key] for key in tokens[start:]]
         # Behind the pairs stand keys alone: an answer given earlier would be a value.
         assert max(tokens[start:]) < task.keys <= min(values.values())
@@ -61,6 +61,6 @@ def test_accuracy_is_a_share_of_each_sequences_own_labels() -> None:
 
 def test_sizes_that_cannot_be() -> None:
     with pytest.raises(UserError, match="lower the pairs"):
-        Recall(pairs=9, seq_len=64, keys=8)
+        Recall(pairs=9, seq_len=64, values=8)
     with pytest.raises(UserError, match="need seq_len 24"):
         Recall(pairs=8, seq_len=23)
