@@ -114,8 +114,8 @@ def _about(comparison: Comparison, task: str) -> str:
             f"{source}: {trained}, sequences of {training.seq_len}. NIAH is the paper's: "
             f"{config.evaluation.niah_items} items of {config.evaluation.niah_context} tokens, five answers, so 20 % "
             "is a guess among them. A run passes when its loss ends below the unigram baseline and fell by at most "
-            f"{compare_results.FLAT_LOSS} nats over the last fifth of the steps at full learning rate; more steps would "
-            f"help any of them. {'; '.join(skipped)}"
+            f"{compare_results.FLAT_LOSS} nats over the last fifth of the steps at full learning rate; more "
+            f"steps would help any of them. {'; '.join(skipped)}"
         )
     what = (
         f"{training.seq_len // 6} keys with their values, then keys alone: which value was it? Guessing among the "
