@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model or a tested tree: makes .venv/ the first time, then runs what is asked.
 #   ./launch.sh quickstart [--set KEY=VALUE …]    tokenizer, shards, training, evaluation, plot, sample
+#   ./launch.sh compare [--all | --systems A,B …] mixers side by side: trained, evaluated, one page (--help: the rest)
 #   ./launch.sh test [pytest arguments]           the test suite
 #   ./launch.sh train CONFIG [--set KEY=VALUE …]  prepares the data where it is not, then trains: on one process, or on
 #                                                 all local GPUs under torchrun (NPROC=n to choose); on several hosts
@@ -17,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 venv=.venv
 py=$venv/bin/python
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 refuse() {
     echo "launch.sh: $*" >&2
@@ -250,6 +251,10 @@ case "$command" in
 quickstart)
     setup
     run "$py" tools/quickstart.py configs/quickstart.yaml "$@"
+    ;;
+compare)
+    setup
+    become "$py" tools/compare.py "$@"
     ;;
 test)
     setup

@@ -232,6 +232,12 @@ def test_the_sisa_commands_pass_through(clone: Path, command: str) -> None:
     assert launch(clone, command, "x", "--set", "a=1") == [f"sisa {command} x --set a=1"]
 
 
+def test_compare_passes_through_with_its_exit_code(clone: Path) -> None:
+    launch(clone, "setup")
+    found = launch(clone, "compare", "--systems", "sisa,fox", "--plan", CODE="2", code=2)
+    assert found == ["python tools/compare.py --systems sisa,fox --plan"]
+
+
 def test_a_half_made_environment_is_made_anew_and_a_whole_one_kept(clone: Path) -> None:
     write(clone / ".venv" / "bin" / "python", BROKEN)
     assert "python3 -m venv --clear .venv" in launch(clone, "setup")
@@ -243,7 +249,14 @@ def test_a_half_made_environment_is_made_anew_and_a_whole_one_kept(clone: Path) 
 
 def test_help_names_every_command(clone: Path) -> None:
     said = subprocess.run(["bash", str(clone / "launch.sh"), "help"], capture_output=True, text=True).stdout
-    for command in ("quickstart", "test", "train CONFIG", "prepare|data|eval|lm-eval|generate|doctor", "setup"):
+    for command in (
+        "quickstart",
+        "compare",
+        "test",
+        "train CONFIG",
+        "prepare|data|eval|lm-eval|generate|doctor",
+        "setup",
+    ):
         assert f"./launch.sh {command}" in said
     for way in ("NPROC=", "HOSTFILE=", "RDZV=", "sbatch tools/slurm_train.sbatch"):
         assert way in said

@@ -1,0 +1,132 @@
+"""The systems that tools/compare.py compares: every registered mixer, variants of some, and how they are made equal.
+
+A system is a few keys laid over the `model:` block of a task's config. To add one, add a line to VARIANTS; a mixer that
+is registered needs none. It trains nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
+from sisa_dist.config.mixers import MIXER_NAMES
+from sisa_dist.model import build_model, num_parameters
+
+CORE = ("attention", "mamba3", "fox", "sisa")
+TOLERANCE = 0.005  # of the parameters
+
+# Beside one plain system for every mixer. `pattern`: mixers that take turns from layer to layer. Keys that this version
+# has no section for are no error: the variant is then not offered.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fox_pro": {"mixer": "fox", "fox": {"pro": True}},
+    "mamba3_mimo": {"mixer": "mamba3", "mamba3": {"rank": 2}},
+    "mamba3_rational": {"mixer": "mamba3", "mamba3": {"decay": "rational"}},
+    "mamba3_no_mlp": {"mixer": "mamba3", "mlp": "none"},
+    "attention_ssmax": {"mixer": "attention", "ssmax": {}},
+    "sisa_ssmax": {"mixer": "sisa", "ssmax": {}},
+    "sisa_no_decay": {"mixer": "sisa", "sisa": {"decay": False}},
+    "sisa_no_rotation": {"mixer": "sisa", "sisa": {"rotation": False}},
+    "sisa_bilinear": {"mixer": "sisa", "sisa": {"decay": False, "rotation": False}},
+    "mamba2_attention": {"pattern": ["mamba2", "attention"]},
+    "mamba3_sisa": {"pattern": ["mamba3", "sisa"]},
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A system's config at the common size."""
+
+    config: RunConfig
+    parameters: int
+    target: int  # of the task's own model, which all are to meet
+
+    @property
+    def excess(self) -> float:
+        return self.parameters / self.target - 1
+
+
+def systems() -> dict[str, dict[str, Any]]:
+    """All that this version can build, by name."""
+    plain = {name: {"mixer": name} for name in MIXER_NAMES}
+    offered = {name: keys for name, keys in VARIANTS.items() if not missing(keys)}
+    return plain | offered
+
+
+def missing(keys: dict[str, Any]) -> list[str]:
+    """Mixers and keys of `model:` that a system needs and this version has not."""
+    mixers = [mixer for mixer in _mixers(keys) if mixer not in MIXER_NAMES]
+    return mixers + [key for key in keys if key != "pattern" and key not in ModelConfig.model_fields]
+
+
+def choose(names: list[str] | None, *, everything: bool) -> list[str]:
+    """Names in the order of the table; the core without those that are not there. Raises UserError for unknown ones."""
+    known = systems()
+    if everything:
+        return list(known)
+    if names is None:
+        return [name for name in CORE if name in known]
+    for name in names:
+        if name not in known:
+            why = f" (it needs {', '.join(missing(VARIANTS[name]))})" if name in VARIANTS else ""
+            raise UserError(f"--systems: there is no {name}{why}: choose of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def match(base: RunConfig, name: str) -> Matched:
+    """`base` with the system laid over its model, as large as base's own model within TOLERANCE.
+
+    d_ff is solved for: parameters are linear in it. A system without MLPs has no d_ff; its depth is the one whose total
+    comes nearest, and what is left of the difference stands in `parameters`. Raises UserError where the mixer alone
+    is too large.
+    """
+    target = parameters(base)
+    keys = dict(systems()[name])
+    if keys.get("mlp") == "none":
+        depths = [_laid_over(base, keys, n_layers=n) for n in range(1, 8 * base.model.n_layers)]
+        best = min(depths, key=lambda config: abs(parameters(config) - target))
+        return Matched(best, parameters(best), target)
+    # From differences at two sizes, so that no mixer has to know its own formula.
+    low, high = (parameters(_laid_over(base, keys, d_ff=d_ff)) for d_ff in (8, 16))
+    d_ff = 8 + round((target - low) * 8 / (high - low))
+    if d_ff < 1:
+        raise UserError(
+            f"{name}: without any MLP it has {low:,} parameters and {base.name} wants {target:,}: raise model.d_ff of "
+            "the task's config (--set TASK.model.d_ff=…)"
+        )
+    config = _laid_over(base, keys, d_ff=d_ff)
+    found = Matched(config, parameters(config), target)
+    if abs(found.excess) > TOLERANCE:
+        raise UserError(
+            f"{name}: {found.parameters:,} parameters at d_ff {d_ff} and {base.name} wants {target:,} ± "
+            f"{TOLERANCE:.1%}: one column of the MLPs is too coarse at this size: raise model.d_ff or model.d_model"
+        )
+    return found
+
+
+def parameters(config: RunConfig) -> int:
+    with torch.device("meta"):
+        return num_parameters(build_model(config.model, attention=config.attention))
+
+
+def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
+    tree = base.model_dump()
+    model = tree["model"]
+    mixers = _mixers(keys)
+    read = [section for mixer in mixers for section in MIXER_NAMES[mixer]]
+    head = base.model.width_per_head
+    model |= {key: value for key, value in keys.items() if key != "pattern"} | size
+    if "pattern" in keys:
+        model["mixer"] = [mixers[layer % len(mixers)] for layer in range(model["n_layers"])]
+    layers = [model["mixer"]] * model["n_layers"] if isinstance(model["mixer"], str) else model["mixer"]
+    # The proportions of the papers: d_s 32 at heads of 64 (SISA), d_state 128 at heads of 64, expand 2 (Mamba-2 and 3).
+    has_d_s = [mixer == "sisa" or "d_s" in MIXER_NAMES[mixer] for mixer in layers]
+    model["d_s"] = [head // 2 if has else 0 for has in has_d_s] if any(has_d_s) else None
+    model["ssm"] = {"head_dim": head, "d_state": 2 * head, "expand": 2.0} if "ssm" in read else None
+    return parse_config(tree, source=f"{base.name}, system {'/'.join(mixers)}")
+
+
+def _mixers(keys: dict[str, Any]) -> list[str]:
+    return list(keys["pattern"]) if "pattern" in keys else [keys["mixer"]]
