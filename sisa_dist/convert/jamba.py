@@ -1,8 +1,8 @@
-"""Jamba models of Hugging Face (`JambaForCausalLM`) with plain MLPs: our `mamba` and `attention` in a pattern,
-and back.
+"""Jamba models of Hugging Face (`JambaForCausalLM`): our `mamba` and `attention` in a pattern, experts in another, and
+back.
 
 Their attention has no positions; RMSNorms stand on the dt, B and C of their Mamba layers. Their fused projection is x
-and z, in this order of rows. Layers with experts are refused.
+and z, in this order of rows. Their experts are a matrix each, [out, in], ours one tensor [experts, in, out].
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
@@ -26,6 +27,7 @@ _BLOCK = {
     "norm2.weight": "pre_ff_layernorm.weight",
     **{f"mlp.{name}.weight": f"feed_forward.{name}_proj.weight" for name in ("gate", "up", "down")},
     **{f"mixer.w{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"},
+    "mlp.router.weight": "feed_forward.router.weight",
     "mixer.wselect.weight": "mamba.x_proj.weight",
     "mixer.wdt.weight": "mamba.dt_proj.weight",
     "mixer.rates.dt_bias": "mamba.dt_proj.bias",
@@ -38,6 +40,7 @@ _BLOCK = {
     "mixer.C_norm.weight": "mamba.c_layernorm.weight",
     "mixer.wout.weight": "mamba.out_proj.weight",
 }
+_EXPERTS = {f"mlp.experts.{name}": f"feed_forward.experts.%d.{name}_proj.weight" for name in ("gate", "up", "down")}
 _FUSED, _PARTS = "mamba.in_proj.weight", ("mixer.wx.weight", "mixer.wz.weight")
 
 
@@ -52,12 +55,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     fields.only("quantization_config")
     layers = fields.need("num_hidden_layers")
     width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
-    period, offset = fields.get("expert_layer_period", 2), fields.get("expert_layer_offset", 1)
-    if fields.get("num_experts", 16) > 1 and any(layer % period == offset for layer in range(layers)):
-        raise UserError(
-            f"config.json: num_experts {fields.get('num_experts', 16)}: layers with experts cannot be converted, only "
-            "a Jamba with plain MLPs"
-        )
+    mlps = _mlps(fields, layers)
     period, offset = fields.get("attn_layer_period", 8), fields.get("attn_layer_offset", 4)
     rank = None if hf_config.get("mamba_dt_rank", "auto") == "auto" else fields.need("mamba_dt_rank")
     mixers = ["attention" if layer % period == offset else "mamba" for layer in range(layers)]
@@ -82,8 +80,28 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         tie_embeddings=fields.get("tie_word_embeddings", False),
         init_std=fields.get("initializer_range", 0.02),
+        mlp=mlps,
+        moe=_experts(fields) if "moe" in mlps else None,
         **(with_mamba if "mamba" in mixers else {}),
     )
+
+
+def _mlps(fields: Fields, layers: int) -> str | list[str]:
+    if fields.get("num_experts", 16) == 1:
+        return "swiglu"
+    period, offset = fields.get("expert_layer_period", 2), fields.get("expert_layer_offset", 1)
+    return ["moe" if layer % period == offset else "swiglu" for layer in range(layers)]
+
+
+def _experts(fields: Fields) -> dict[str, Any]:
+    weight = fields.get("router_aux_loss_coef", 0.001)
+    return {
+        "experts": fields.get("num_experts", 16),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "normalise_top_k": False,
+        "balance": "loss" if weight else "none",
+        "balance_weight": weight or None,
+    }
 
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
@@ -92,14 +110,14 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         raise UserError("model.mixer: a Jamba model has mamba layers with mamba.norms, and attention: no such export")
     same = dict(norm="rmsnorm", rotary_fraction=0.0, qk_norm=False, attention_bias="none", parallel_residual=False)
     refuse("Jamba", model, **same, mlp_bias=False)
-    if set(model.layer_mlps) != {"swiglu"}:
-        raise UserError("model.mlp: a Jamba model has swiglu in every layer: no such export")
+    if not set(model.layer_mlps) <= {"swiglu", "moe"}:
+        raise UserError("model.mlp: a Jamba model has swiglu or moe in every layer: no such export")
     if model.ssm_width % model.d_model or model.width_per_head * model.n_heads != model.d_model:
         raise UserError(
             f"model.ssm and model.head_dim: {model.ssm_width} channels and heads of {model.width_per_head} are no "
             "multiple and no part of d_model: transformers has no such Jamba"
         )
-    period, offset = _pattern(model.layer_mixers)
+    period, offset = _pattern([mixer == "attention" for mixer in model.layer_mixers], "model.mixer: attention")
     return {
         "architectures": ["JambaForCausalLM"],
         "model_type": "jamba",
@@ -111,8 +129,7 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": model.kv_heads,
         "attn_layer_period": period,
         "attn_layer_offset": offset,
-        "num_experts": 1,
-        "num_experts_per_tok": 1,
+        **_expert_keys(model),
         "mamba_d_state": model.state_space.d_state,
         "mamba_d_conv": model.state_space.conv,
         "mamba_expand": model.ssm_width // model.d_model,
@@ -124,6 +141,28 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
+    }
+
+
+def _expert_keys(model: ModelConfig) -> dict[str, Any]:
+    if model.moe is None:
+        return {"num_experts": 1, "num_experts_per_tok": 1}
+    for key, wanted in (("shared", 0), ("scores", "softmax"), ("normalise_top_k", False)):
+        if getattr(model.moe, key) != wanted:
+            raise UserError(
+                f"model.moe.{key} is {getattr(model.moe, key)!r} and a Jamba model has {wanted!r}: no such export"
+            )
+    if model.moe.balance == "bias" or model.expert_d_ff != model.d_ff:
+        raise UserError(
+            "model.moe: a Jamba model has experts as wide as its MLPs and no bias on the choice: no such export"
+        )
+    period, offset = _pattern([mlp == "moe" for mlp in model.layer_mlps], "model.mlp: moe")
+    return {
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "expert_layer_period": period,
+        "expert_layer_offset": offset,
+        "router_aux_loss_coef": model.moe.loss_weights[0],
     }
 
 
@@ -140,6 +179,9 @@ def imports(model: ModelConfig) -> dict[str, Recipe]:
             recipes[ours] = Recipe((_theirs(ours),), lambda weight: weight.squeeze(1))
         elif inside == "mixer.rates.A_log":
             recipes[ours] = Recipe((_theirs(ours),), Tensor.flatten)
+        elif inside in _EXPERTS:
+            names = tuple(_theirs(ours) % expert for expert in range(model.experts))
+            recipes[ours] = Recipe(names, lambda *experts: torch.stack([weight.mT for weight in experts]))
         else:
             recipes[ours] = renamed(ours, _theirs(ours), model, export=False)
     return recipes
@@ -157,6 +199,9 @@ def exports(model: ModelConfig) -> dict[str, Recipe]:
             recipes[_theirs(ours)] = Recipe((ours,), joined(convolution=True))
         elif inside == "mixer.rates.A_log":
             recipes[_theirs(ours)] = Recipe((ours,), lambda vector: vector.unflatten(0, (-1, d_state)))
+        elif inside in _EXPERTS:
+            for expert in range(model.experts):
+                recipes[_theirs(ours) % expert] = Recipe((ours,), lambda tensor, expert=expert: tensor[expert].mT)
         elif inside not in _PARTS:
             recipes[_theirs(ours)] = renamed(ours, _theirs(ours), model, export=True)
     return recipes
@@ -168,14 +213,16 @@ def dropped(model: ModelConfig) -> frozenset[str]:
 
 
 def _theirs(ours: str) -> str:
-    return translated(ours, whole=_WHOLE, blocks="model.layers", block=_BLOCK | dict.fromkeys(_PARTS, _FUSED))
+    return translated(
+        ours, whole=_WHOLE, blocks="model.layers", block=_BLOCK | _EXPERTS | dict.fromkeys(_PARTS, _FUSED)
+    )
 
 
-def _pattern(mixers: list[str]) -> tuple[int, int]:
-    """(period, offset) of the attention layers, as a Jamba says where they are."""
-    found = [layer for layer, mixer in enumerate(mixers) if mixer == "attention"]
-    for period in range(1, len(mixers) + 2):
+def _pattern(chosen: list[bool], what: str) -> tuple[int, int]:
+    """(period, offset) of the chosen layers, as a Jamba says where they are."""
+    found = [layer for layer, here in enumerate(chosen) if here]
+    for period in range(1, len(chosen) + 2):
         for offset in range(period):
-            if found == list(range(offset, len(mixers), period)):
+            if found == list(range(offset, len(chosen), period)):
                 return period, offset
-    raise UserError(f"model.mixer: attention at layers {found} is no Jamba pattern, which repeats: no such export")
+    raise UserError(f"{what} at layers {found} is no Jamba pattern, which repeats: no such export")
