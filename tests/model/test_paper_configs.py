@@ -1,4 +1,4 @@
-"""The paper's configurations have the paper's parameter totals (sisa.md §2)."""
+"""The paper's configurations have the paper's parameter totals, and its rivals' beside them as many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from sisa_dist.config import load_config
 from sisa_dist.model import build_model, num_parameters
+from sisa_dist.model.mixers import MIXERS
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 
@@ -38,9 +39,12 @@ REDUCED = {
     "152m_reduced": 151_878_144 - 12 * 3 * 768 * (3072 - 2748),
     "369m_reduced": 369_252_352 - 24 * 3 * 1024 * (2944 - 2512),
 }
+# Of ours, the paper's totals are not known to us: the depth that comes nearest the Transformer.
+MAMBA2 = {"50m_mamba2": 51_544_016, "152m_mamba2": 151_573_104, "369m_mamba2": 368_335_360}
+RIVALS = sorted((PAPER.parent / "rivals").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(("name", "total"), (TOTALS | REDUCED).items())
+@pytest.mark.parametrize(("name", "total"), (TOTALS | REDUCED | MAMBA2).items())
 def test_parameter_totals_are_the_papers(name: str, total: int) -> None:
     config = load_config(PAPER / f"{name}.yaml")
     with torch.device("meta"):
@@ -48,7 +52,7 @@ def test_parameter_totals_are_the_papers(name: str, total: int) -> None:
 
 
 def test_every_paper_config_is_checked() -> None:
-    assert {path.stem for path in PAPER.glob("*.yaml")} == set(TOTALS | REDUCED)
+    assert {path.stem for path in PAPER.glob("*.yaml")} == set(TOTALS | REDUCED | MAMBA2)
 
 
 @pytest.mark.parametrize("scale", ["50m", "152m", "369m"])
@@ -56,3 +60,25 @@ def test_the_reduced_transformer_has_sisas_mlp(scale: str) -> None:
     reduced, sisa = (load_config(PAPER / f"{scale}_{name}.yaml") for name in ("reduced", "sisa_ds32"))
     assert reduced.model == sisa.model.model_copy(update={"mixer": "attention", "d_s": None})
     assert reduced.training == sisa.training and reduced.optimizer == sisa.optimizer
+
+
+@pytest.mark.parametrize("path", RIVALS, ids=lambda path: path.stem)
+def test_a_rival_is_as_large_as_the_transformer(path: Path) -> None:
+    """Of a mixture, what a token goes through; the recipe is the paper's to the letter."""
+    config, transformer = load_config(path), load_config(PAPER / "152m_transformer.yaml")
+    with torch.device("meta"):
+        model = build_model(config.model)
+    total = num_parameters(model)
+    if config.model.moe is not None:
+        standing_by = 1 - config.model.moe.top_k / config.model.experts
+        experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+        routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+        total -= round(experts * standing_by) + routers
+    assert abs(total / TOTALS["152m_transformer"] - 1) < 0.002
+    same = {"model": transformer.model, "name": transformer.name, "output_dir": transformer.output_dir}
+    assert config.model_copy(update=same) == transformer
+
+
+def test_every_mixer_has_a_config_at_152m() -> None:
+    paths = [*RIVALS, *PAPER.glob("152m_*.yaml")]
+    assert {mixer for path in paths for mixer in load_config(path).model.layer_mixers} == MIXERS.keys()
