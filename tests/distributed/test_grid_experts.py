@@ -1,4 +1,4 @@
-"""Mixtures of experts equal one process: experts dealt out over tp (ep2, ep4), and as ordinary parameters elsewhere."""
+"""Mixtures of experts equal one process: experts dealt out over tp, over data ranks (ep), and as ordinary tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ FAST = [
         Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
         Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
         Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3, checkpointing=True),
-        Case("ep2_dp4", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
     )
+]
+# Experts over data ranks: one row of each engine here, the rest is slow.
+FAST += [
+    Case("ep2_dp4", "moe_shared_bias", 4, "uniform", "fp32", documents=True, checkpointing=True),
+    Case("ep2_dp4", "moe", 4, "uniform", "fp32", engine=ZERO2, tied=False),
 ]
 SLOW = [
     case
@@ -33,13 +37,19 @@ SLOW = [
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2, checkpointing=True),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO3),
         Case("ep2", name, 4, "uniform", "fp32"),
+        Case("ep2_dp4", name, 4, "uniform", "fp32", documents=True),
+        Case("ep2_dp4", name, 4, "uniform", "bf16", checkpointing=True),
         Case("ep4", name, 4, "uniform", "fp32", tied=False),
+        Case("ep2", name, 4, "uniform", "fp32", engine=ZERO1),
+        Case("ep2_dp4", name, 4, "uniform", "fp32", engine=ZERO1, checkpointing=True),
+        Case("ep4", name, 4, "uniform", "fp32", engine=ZERO2),
+        Case("ep2_dp4", name, 4, "uniform", "fp32", engine=(*ZERO2, ("cpu_offload", True))),
     )
 ]
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case}" + f"-zero{case.zero_stage}" * bool(case.engine))
 def test_a_mixture_equals_one_process(case: Case) -> None:
     want = run_plain(case.reference())
     got = run_job(case.world_size, run_case, case)[0]
