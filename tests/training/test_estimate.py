@@ -181,6 +181,11 @@ def test_numbers_and_refusals() -> None:
     assert found.flops_per_step == 2048 * training_flops_per_token(config.model, 512) == 2048 * found.flops_per_token
     with pytest.raises(UserError, match="set it to 3072 or 6144"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "training.global_batch_tokens=4096"]), world_size=3)
+    experts = ["model.mlp=moe", "model.moe={experts: 6}", "parallel.ep=2"]
+    with pytest.raises(
+        UserError, match=r"ep 2 does not divide the 3 data rank\(s\) launched: set it to one of \[1, 3\]"
+    ):
+        alone(estimate, load_config(QUICKSTART, [*SMALL, *experts]), world_size=3)
     with pytest.raises(UserError, match="does not divide the 3 process"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
 
