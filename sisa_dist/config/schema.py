@@ -273,7 +273,9 @@ class RunConfig(Section):
             good = [n for n in range(1, experts + 1) if experts % n == 0]
             raise ValueError(f"parallel.ep {ep} does not divide model.moe.experts {experts}: set ep to one of {good}")
         if engine.kind == "deepspeed" and engine.zero_stage not in (1, 2):
-            why = "averages all experts alike" if engine.zero_stage == 3 else "clips by the norm of each rank's own"
+            why = "would make one average of different experts"
+            if engine.zero_stage == 0:
+                why = "clips by the mean of the ranks' norms, which is not the global one"
             raise ValueError(
                 f"parallel.ep {ep} under deepspeed needs ZeRO-1 or 2: ZeRO-{engine.zero_stage} {why}; set "
                 "engine.zero_stage to 1 or 2, engine.kind to fsdp2, or parallel.ep to 1"

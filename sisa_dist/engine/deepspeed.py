@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: ZeRO 0 to 3 over the data axis around tensor-parallel slices. The one file that imports it.
+"""The DeepSpeed engine: ZeRO 0 to 3 over the data axis around tensor-parallel slices.
+
+Only this file and deepspeed_experts.py import it.
 
 Slices are plain parameters and the mesh is handed over as `mpu`. `tensor_model_parallel` on a slice tells DeepSpeed's
 norm that the other tp ranks hold the rest; without it the norm is wrong and nothing says so.
@@ -6,6 +8,7 @@ norm that the other tp ranks hold the rest; without it the norm is wrong and not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -28,6 +31,7 @@ from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
+from sisa_dist.engine.deepspeed_experts import announced
 from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
@@ -70,14 +74,16 @@ class DeepSpeedEngine:
             parameter.tensor_model_parallel = self.slices[name].tp_dim is not None  # type: ignore[attr-defined]
         self.model = model
         shapes = {name: part.shape for name, part in self.slices.items()}
-        self.adamw = build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0)
-        self.zero, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.adamw,
-            config=settings,
-            mpu=_MPU(mesh),
-            dist_init_required=False,
-        )
+        apart = {name for name, part in self.slices.items() if part.ep_dim is not None}
+        self.adamw = build_optimizer(model, config.optimizer, shapes=shapes, moments=self.stage == 0, apart=apart)
+        with announced(model, apart, self.adamw, mesh) if apart else contextlib.nullcontext():
+            self.zero, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.adamw,
+                config=settings,
+                mpu=_MPU(mesh),
+                dist_init_required=False,
+            )
         zero_state.make_moments(self.zero, self.stage)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(model, mesh)

@@ -64,7 +64,14 @@ def deepspeed_config(config: RunConfig, *, dp_size: int, cuda: bool) -> dict[str
         "wall_clock_breakdown": False,
     }
     _check(engine.deepspeed_config, "")
-    return _merge(settings, engine.deepspeed_config)
+    merged = _merge(settings, engine.deepspeed_config)
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if config.parallel.ep > 1 and not merged["zero_optimization"].get(key, True):
+            raise UserError(
+                f"engine.deepspeed_config.zero_optimization.{key} must be true with parallel.ep {config.parallel.ep}: "
+                "remove it, or set parallel.ep to 1"
+            )
+    return merged
 
 
 def _check(tree: dict[str, Any], prefix: str) -> None:

@@ -21,7 +21,7 @@ from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.guard import Guard, skip_if
-from sisa_dist.engine.norm import global_norm
+from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import build_model
@@ -137,9 +137,7 @@ class FSDP2Engine:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         norm = global_norm([(p.grad, self.slices[name]) for name, p in named], self.mesh)  # type: ignore[misc]
         if self.grad_clip is not None:
-            for experts in (False, True):  # they live on another mesh, and one call may not mix two
-                chosen = [p for name, p in named if (name in self.dealt_out) == experts]
-                torch.nn.utils.clip_grads_with_norm_(chosen, self.grad_clip, norm)
+            clip_gradients([p for _, p in named], self.grad_clip, norm)
         return norm
 
     def _average_experts(self) -> None:

@@ -1,4 +1,4 @@
-"""The global gradient norm over ranks that hold different parts of it."""
+"""The global gradient norm over ranks that hold different parts of it, and clipping by it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh, *, sharded: b
     """L2 norm of all gradients as one vector, fp32 scalar on `mesh.device`, equal on every rank. Collective.
 
     A gradient cut by tp is summed over tp and FSDP's axis; one that every tp rank holds whole over FSDP's axis alone,
-    or it would count tp times. Experts dealt out over ep are cut by ranks of FSDP's axis already. Without `sharded` every data rank has the gradients of its slices whole.
+    or it would count tp times. Experts dealt out over ep are cut by ranks of FSDP's axis already. Without `sharded`
+    every data rank has the gradients of its slices whole.
     """
     parts: dict[bool, list[Tensor]] = {True: [], False: []}
     for grad, part in grads:
@@ -24,6 +25,18 @@ def global_norm(grads: Iterable[tuple[Tensor, Slice]], mesh: Mesh, *, sharded: b
     squares = torch.stack([_square(parts[True], mesh.device), _square(parts[False], mesh.device)])
     cut, whole = (mesh.sum_over(squares, "dp_shard") if sharded else squares).unbind()
     return (mesh.sum_over(cut, "tp") + whole).sqrt().float()
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale the gradients so that a global norm of `norm` becomes at most `limit`, on the device, in place.
+
+    Mesh by mesh: one call may not mix them, and experts dealt out over ep live on another.
+    """
+    of_mesh: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        of_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    for chosen in of_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(chosen, limit, norm)
 
 
 def _square(grads: list[Tensor], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cuts a model for tensor and expert parallelism as the plan says. Storage, masters and optimizer are the engine's affair.
+"""Cuts a model for tensor and expert parallelism as the plan says. Storage and optimizer are the engine's affair.
 
 After `apply_plan` each parameter is a plain tensor with this rank's slice, and the model's own code runs unchanged on
 fewer heads, columns and rows: `nn.Linear`, per-head parameters and `view(B, T, -1, head_dim)` never know.

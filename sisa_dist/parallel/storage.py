@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from sisa_dist.parallel.apply import Slice
@@ -27,7 +27,8 @@ def fsdp_dim(shape: Sequence[int], ranks: int) -> int:
 
 
 def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
-    """A DTensor over tp × dp_shard, or over ep × expert_dp, with the memory of `stored`: FSDP's shard of a slice, or a slice as a plain tensor.
+    """A DTensor over tp × dp_shard, or ep × expert_dp, with the memory of `stored`: FSDP's shard of a slice, or a slice
+    as a plain tensor.
 
     Ranks along dp_replicate hold equal copies. Nothing is sent or copied. `stored` is a weight, gradient or moment.
     On one process plain tensors stay as they are.
@@ -36,6 +37,7 @@ def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
         return stored.detach()
     over_dp = stored.placements[-1] if isinstance(stored, DTensor) else Replicate()
     cut = Replicate() if part.dim is None else Shard(part.dim)
+    placements: tuple[Placement, ...]
     if part.ep_dim is not None:
         assert mesh.expert_mesh is not None
         device_mesh, placements = mesh.expert_mesh, (cut, over_dp)

@@ -32,7 +32,7 @@ class Estimate:
     flops_per_token: float  # forward and backward, without recomputation
     flops_per_step: float
     tokens_per_step: int
-    mesh: dict[str, int]  # size of each axis
+    mesh: dict[str, int]  # size of each axis; ep, over 1, is of dp_shard's ranks
     micro_batches: int  # of each rank in a step
     weights: int  # fp32 masters
     gradients: int
@@ -69,7 +69,7 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
         meter = rehearse_step(config, mesh)
         shapes = local_shapes(slices, mesh)
-        sizes = {axis: mesh.size(axis) for axis in AXES}
+        sizes = {axis: mesh.size(axis) for axis in AXES} | ({"ep": mesh.ep_size} if mesh.ep_size > 1 else {})
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
     peaks, summed, host = meter.peaks, 0, 0
     if micro_batches > 1:
@@ -134,7 +134,8 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def _heading(config: RunConfig, found: Estimate) -> str:
     engine, training = config.engine, config.training
-    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1) or "one process"
+    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1 and axis != "ep")
+    axes = (axes or "one process") + (f" (ep {found.mesh['ep']})" if "ep" in found.mesh else "")
     kind = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
     return (
         f"{config.name}: {found.parameters:,} parameters, {found.flops_per_token:.3g} FLOPs a token, "

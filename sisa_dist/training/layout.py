@@ -92,20 +92,23 @@ def _slice_table(slices: Mapping[str, Slice], mesh: Mesh, engine: EngineConfig) 
     """One line for what is alike in all blocks."""
     table = Table(title_justify="left")
     table.add_column("parameter", no_wrap=True, overflow="fold")
-    for column in ("shape", "held by each tp rank", "gradient"):
+    for column in ("shape", "held by each rank of tp" + (" or ep" if mesh.ep_size > 1 else ""), "gradient"):
         table.add_column(column)
     then = "FSDP cuts dim 0 of a slice" if engine.kind == "fsdp2" else f"ZeRO-{engine.zero_stage} partitions slices"
     table.title = f"slices: tp {mesh.tp_size}, then {then} over {mesh.size('dp_shard')} data rank(s)"
+    if mesh.ep_size > 1:
+        table.title += f"; experts: ep {mesh.ep_size}, then over the {mesh.size('expert_dp')} that hold the same"
     kinds: dict[tuple[str, Slice], list[str]] = {}
     for name, part in slices.items():
         kinds.setdefault((re.sub(r"^blocks\.\d+", "blocks.*", name), part), []).append(name)
     for (pattern, part), names in kinds.items():
-        if part.tp_dim is None:
+        if part.dim is None:
             held = "all of it"
         else:
-            ranges = [part.of(rank, mesh.tp_size)[part.tp_dim] for rank in range(mesh.tp_size)]
-            held = f"dim {part.tp_dim}: " + ", ".join(f"{r.start}–{r.stop - 1}" for r in ranges)
-        gradient = "its own" if part.tp_dim is not None else "the same on all"
+            size = part.place(mesh)[1]
+            ranges = [part.of(rank, size)[part.dim] for rank in range(size)]
+            held = f"dim {part.dim}: " + ", ".join(f"{r.start}–{r.stop - 1}" for r in ranges)
+        gradient = "its own" if part.dim is not None else "the same on all"
         if part.tp_grad == "partial":
             gradient = "a part, summed over tp"
         shape = " × ".join(map(str, part.shape))

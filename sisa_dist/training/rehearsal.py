@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.compute_dtype import compute_in
-from sisa_dist.engine.norm import global_norm
+from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import LM, build_model
@@ -87,7 +87,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
             meter.begin("optimizer step")
             norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
             if config.optimizer.grad_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_([p for _, p in named], config.optimizer.grad_clip, norm)
+                clip_gradients([p for _, p in named], config.optimizer.grad_clip, norm)
             optimizer.step()
     return meter
 
@@ -108,7 +108,8 @@ def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, di
         model.to_empty(device="cpu")
     else:
         _to_empty(model)
-    return model, build_optimizer(model, config.optimizer, moments=not deepspeed), slices
+    apart = {name for name, part in slices.items() if part.ep_dim is not None}
+    return model, build_optimizer(model, config.optimizer, moments=not deepspeed, apart=apart), slices
 
 
 def _to_empty(model: nn.Module) -> None:

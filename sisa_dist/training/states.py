@@ -19,21 +19,20 @@ def states(config: RunConfig, slices: Mapping[str, Slice], mesh: Mesh, *, shard_
     """Of the rank at `shard_rank` on the axis dp_shard; 0 holds most."""
     sizes = local_shapes(slices, mesh)
     if config.engine.kind == "deepspeed":
-        return zero_states(config.engine.zero_stage, sizes, slices, mesh.size("dp_shard"))
+        return zero_states(config.engine.zero_stage, sizes, slices, mesh.size("dp_shard"), mesh.size("expert_dp"))
     # FSDP2 cuts a dimension in chunks of ceil(rows / ranks): the last ranks may hold less, or nothing.
-    numbers, ranks = [], mesh.size("dp_shard")
-    for shape in sizes.values():
+    numbers = []
+    for name, shape in sizes.items():
+        ranks, rank = mesh.size("dp_shard"), shard_rank
+        if slices[name].ep_dim is not None:
+            ranks, rank = mesh.size("expert_dp"), shard_rank // mesh.ep_size
         length = shape[fsdp_dim(shape, ranks)]
         rows = -(-length // ranks)
-        numbers.append(max(0, min(rows, length - shard_rank * rows)) * math.prod(shape) // length)
+        numbers.append(max(0, min(rows, length - rank * rows)) * math.prod(shape) // length)
     held = FP32 * sum(numbers)
     return States(held, held, 2 * held + FP32 * len(numbers))
 
 
 def local_shapes(slices: Mapping[str, Slice], mesh: Mesh) -> dict[str, list[int]]:
-    """What tensor parallelism leaves a rank of every parameter; all its ranks have as much."""
-    shapes = {name: list(part.shape) for name, part in slices.items()}
-    for name, part in slices.items():
-        if part.tp_dim is not None:
-            shapes[name][part.tp_dim] //= mesh.tp_size
-    return shapes
+    """What tensor and expert parallelism leave a rank of every parameter; all ranks have as much."""
+    return {name: list(part.local_shape(part.place(mesh)[1])) for name, part in slices.items()}

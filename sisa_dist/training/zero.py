@@ -31,22 +31,29 @@ class States:
         return self.weights + self.gradients + self.moments
 
 
-def zero_states(stage: int, shapes: Mapping[str, Sequence[int]], slices: Mapping[str, Slice], ranks: int) -> States:
-    """Of any of `ranks` data ranks: partitions are padded, so all hold the same. `shapes` are tp's slices."""
+def zero_states(
+    stage: int, shapes: Mapping[str, Sequence[int]], slices: Mapping[str, Slice], ranks: int, expert_ranks: int
+) -> States:
+    """Of any of `ranks` data ranks: partitions are padded, so all hold the same. `shapes` are a rank's slices; what ep
+    dealt out is partitioned among `expert_ranks`."""
     whole = _whole(shapes)
     if stage == 0:
         return States(whole, whole, 2 * whole + FP32 * len(shapes))
     groups: dict[str, list[int]] = {}
     for name, shape in shapes.items():  # as engine/optim.py groups them
         kind = "lambda" if name.endswith("lambda_raw") else "vectors" if len(slices[name].shape) < 2 else "matrices"
-        groups.setdefault(kind, []).append(math.prod(shape))
+        groups.setdefault(kind if slices[name].ep_dim is None else "apart", []).append(math.prod(shape))
     steps = FP32 * len(groups)  # a group is one flat tensor to the optimizer
     if stage == 3:  # each parameter is cut by itself
         part = FP32 * sum(-(-number // ranks) for group in groups.values() for number in group)
         return States(part, part, 2 * part + steps)
     # A group is one flat buffer padded to 2 · ranks elements; a rank's part of it is copied once more, as its master.
-    flat = FP32 * sum(-(-sum(group) // (2 * ranks)) * 2 * ranks for group in groups.values())
-    return States(flat + flat // ranks, flat // ranks, 2 * flat // ranks + steps)
+    flat = part = 0
+    for kind, group in groups.items():
+        holders = expert_ranks if kind == "apart" else ranks
+        padded = FP32 * (-(-sum(group) // (2 * holders)) * 2 * holders)
+        flat, part = flat + padded, part + padded // holders
+    return States(flat + part, part, 2 * part + steps)
 
 
 def zero_peaks(

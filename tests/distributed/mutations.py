@@ -159,6 +159,21 @@ def _counted_by_every_rank(share: layers.ExpertSlice, x: Tensor) -> Tensor:
     return collectives.copy(collectives.reduce(x, share.group), share.group)
 
 
+@staticmethod  # type: ignore[misc]
+def _nothing_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), None, None, None
+
+
+def _not_averaged(engine: FSDP2Engine) -> None:
+    engine._average_experts = lambda: None  # type: ignore[method-assign]
+
+
+def _reduced_over_ep(engine: Any) -> None:
+    """DeepSpeed adds up the gradients of different experts."""
+    groups = engine.zero.optimizer.expert_dp_process_group
+    engine.zero.optimizer.expert_dp_process_group = dict.fromkeys(groups, engine.mesh.group("ep"))
+
+
 def _added_by_every_rank(module: Any, group: Any, *, partial: bool) -> None:
     """Nothing is done, so the module adds its bias to its own part of the sum."""
 
@@ -215,5 +230,8 @@ MUTATIONS: dict[str, Any] = {
     "experts of another rank": _experts_of_the_next,
     "router's losses counted by every rank": mock.patch.object(layers.ExpertSlice, "sum", _counted_by_every_rank),
     "tp_dim dropped from experts": _in_the_norm("*.experts.up", None),
+    "exchanged rows' gradients kept": mock.patch.object(collectives._Exchange, "backward", _nothing_back),
+    "experts averaged over their holders alone": _not_averaged,
+    "experts reduced over the ranks of ep": _reduced_over_ep,
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -77,6 +78,17 @@ def test_zero_plus_plus_and_mics_keys_pass_through() -> None:
 def test_what_would_contradict_the_run_is_refused_by_name(own: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         deepspeed_config(config({"deepspeed_config": own}), dp_size=1, cuda=False)
+
+
+@pytest.mark.parametrize("key", ["reduce_scatter", "contiguous_gradients"])
+def test_what_deepspeeds_expert_groups_need_may_not_be_switched_off(key: str) -> None:
+    model = dict(vocab_size=250, d_model=64, n_layers=2, n_heads=4, d_ff=96, d_s=8, mlp="moe", moe={"experts": 4})
+    own = {"zero_optimization": {key: False}}
+    for ep in (1, 2):
+        run = config({"zero_stage": 1, "deepspeed_config": own}, model=model, parallel={"dp": 4, "ep": ep})
+        refused = pytest.raises(UserError, match=f"{key} must be true with parallel.ep 2: remove it")
+        with refused if ep == 2 else contextlib.nullcontext():
+            deepspeed_config(run, dp_size=4, cuda=False)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,10 @@ def test_a_d_ff_that_no_layer_has_does_not_refuse_tp() -> None:
     [
         ({"sequence_parallel": True}, "sequence_parallel has no effect with tp 1"),
         ({"dp": 4, "dp_replicate": 3}, "dp_replicate 3 does not divide dp 4"),
+        ({"dp": 6, "ep": 4}, r"ep 4 does not divide dp 6: set ep to one of \[1, 2, 3, 6\]"),
+        ({"tp": 2, "ep": 2}, "ep 2 does not go with tp 2: set one of them to 1"),
+        ({"dp": 4, "ep": 2, "dp_replicate": 2}, "ep 2 does not go with dp_replicate 2: set one of them to 1"),
+        ({"dp": 4, "ep": 2}, "ep 2 deals out experts and the model has none: set parallel.ep to 1"),
         ({"tp": 4, "sequence_parallel": True}, r"seq_len 150 by tp 4.*set seq_len to 148 or 152"),
     ],
 )
@@ -97,6 +101,34 @@ def test_parallel_settings_that_cannot_work_are_refused(parallel: dict[str, Any]
     tree = {
         "model": model_config().model_dump(),
         "parallel": parallel,
+        "schedule": {"warmup_steps": 0},
+        "training": {"steps": 1, "seq_len": 150, "global_batch_tokens": 600},
+    }
+    with pytest.raises(UserError, match=message):
+        parse_config(tree, source="test")
+
+
+@pytest.mark.parametrize(
+    ("ep", "engine", "message"),
+    [
+        (4, {}, r"ep 4 does not divide model\.moe\.experts 6: set ep to one of \[1, 2, 3, 6\]"),
+        (
+            2,
+            {"kind": "deepspeed", "zero_stage": 3},
+            r"ep 2 under deepspeed needs ZeRO-1 or 2: ZeRO-3 would .*; set engine",
+        ),
+        (
+            2,
+            {"kind": "deepspeed", "zero_stage": 0},
+            r"ep 2 under deepspeed needs ZeRO-1 or 2: ZeRO-0 clips .*; set engine",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_dealt_out_are_refused(ep: int, engine: dict[str, Any], message: str) -> None:
+    tree = {
+        "model": model_config(mlp="moe", moe={"experts": 6}).model_dump(),
+        "parallel": {"dp": 4, "ep": ep},
+        "engine": engine,
         "schedule": {"warmup_steps": 0},
         "training": {"steps": 1, "seq_len": 150, "global_batch_tokens": 600},
     }

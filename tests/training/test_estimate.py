@@ -27,9 +27,11 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def _tiny(parallel: dict[str, Any], **engine: Any) -> RunConfig:
-    """Layers of two kinds, rows that no number of ranks divides, kv heads held whole."""
-    shape = dict(vocab_size=61, vocab_multiple=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=1, d_ff=48)
-    shape |= dict(mixer=["sisa", "attention"], d_s=[8, 0], tie_embeddings=False, qk_norm=True)
+    """Layers of two kinds, rows that no number of ranks divides, kv heads held whole; with ep a layer of experts."""
+    shape: dict[str, Any] = dict(vocab_size=61, vocab_multiple=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=1)
+    shape |= dict(d_ff=48, mixer=["sisa", "attention"], d_s=[8, 0], tie_embeddings=False, qk_norm=True)
+    if "ep" in parallel:
+        shape |= {"mlp": ["swiglu", "moe"], "moe": {"experts": 6, "d_ff": 7, "shared": 1}}
     training = {"steps": 1, "seq_len": 16, "global_batch_tokens": 16 * 12}
     blocks = {"model": shape, "parallel": parallel, "engine": engine, "schedule": {"warmup_steps": 0}}
     return parse_config(blocks | {"training": training}, source="tiny")
@@ -45,6 +47,8 @@ def _states(config: RunConfig, world_size: int) -> list[States]:
 
 EXACT = {name: LAYOUTS[name] for name in ("tp1", "dp2", "tp2", "tp2_dp2", "tp2_dp2_sp", "hsdp_2x2")}
 EXACT["dp3"] = 3, {"dp": 3}  # the last rank holds less, of λ nothing
+EXACT["ep2"] = 2, {"dp": 2, "ep": 2}
+EXACT["ep2_dp4"] = 4, {"dp": 4, "ep": 2}  # three experts over two ranks
 
 
 @pytest.mark.parametrize("layout", EXACT)
@@ -61,7 +65,10 @@ def test_states_are_exact_to_the_byte(layout: str) -> None:
         assert expected[2].total < expected[0].total
 
 
-@pytest.mark.parametrize(("stage", "layout"), [(0, "dp2"), (1, "dp2"), (2, "dp2"), (3, "dp2"), (3, "tp2_dp2_sp")])
+STAGES = [(0, "dp2"), (1, "dp2"), (2, "dp2"), (3, "dp2"), (3, "tp2_dp2_sp"), (1, "ep2_dp4"), (2, "ep2_dp4")]
+
+
+@pytest.mark.parametrize(("stage", "layout"), STAGES)
 def test_zeros_states_are_exact_to_the_byte(stage: int, layout: str) -> None:
     world_size, parallel = EXACT[layout]
     config = _tiny(parallel, kind="deepspeed", zero_stage=stage)
@@ -105,6 +112,7 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
     ),
     "attention_moe": (1, [*ATTENTION, "model.mlp=moe", "model.moe={experts: 4}"]),
     "moe_dp2_checkpointed": (2, [*CHECKPOINTED, "model.mlp=moe", "model.moe={experts: 4, shared: 1}"]),
+    "moe_ep2": (2, ["parallel.ep=2", "model.mlp=moe", "model.moe={experts: 4}"]),
     "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
 }
 
@@ -173,6 +181,11 @@ def test_numbers_and_refusals() -> None:
     assert found.flops_per_step == 2048 * training_flops_per_token(config.model, 512) == 2048 * found.flops_per_token
     with pytest.raises(UserError, match="set it to 3072 or 6144"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "training.global_batch_tokens=4096"]), world_size=3)
+    experts = ["model.mlp=moe", "model.moe={experts: 6}", "parallel.ep=2"]
+    with pytest.raises(
+        UserError, match=r"ep 2 does not divide the 3 data rank\(s\) launched: set it to one of \[1, 3\]"
+    ):
+        alone(estimate, load_config(QUICKSTART, [*SMALL, *experts]), world_size=3)
     with pytest.raises(UserError, match="does not divide the 3 process"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
 

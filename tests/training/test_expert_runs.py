@@ -23,7 +23,7 @@ BIAS = "model.blocks.1.mlp.router.bias"
 def mixed(tiny: RunConfig, folder: Path, **sections: Any) -> RunConfig:
     tree = tiny.model_dump()
     tree["model"] |= {"mlp": ["swiglu", "moe"], "moe": {"experts": 4, "d_ff": 16, "balance": "bias", "z_loss": 0.01}}
-    tree["training"] |= {"steps": 4, "checkpoint_every": 2}
+    tree["training"] |= {"steps": 4, "checkpoint_every": 2, "micro_batch_size": 1}
     tree["output_dir"] = str(folder)
     return parse_config(tree | sections, source="test")
 
@@ -74,6 +74,13 @@ def _train_on(config: RunConfig) -> None:
     [
         pytest.param(2, {"parallel": {"dp": 2}}, marks=pytest.mark.slow),
         (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
+        (2, {"parallel": {"dp": 2, "ep": 2}}),
+        pytest.param(4, {"parallel": {"dp": 4, "ep": 2}}, marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            {"parallel": {"dp": 4, "ep": 2}, "engine": {"kind": "deepspeed", "zero_stage": 2}},
+            marks=pytest.mark.slow,
+        ),
         (2, {"parallel": {"dp": 2}, "engine": {"kind": "deepspeed", "zero_stage": 3}}),
         pytest.param(
             2, {"parallel": {"dp": 2}, "engine": {"kind": "deepspeed", "zero_stage": 1}}, marks=pytest.mark.slow
@@ -92,3 +99,21 @@ def test_a_checkpoint_goes_on_in_any_layout(
     torch.testing.assert_close(got[BIAS], want[BIAS], rtol=0, atol=1e-7)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_dealt_out_experts_goes_on_where_they_are_whole(tiny: RunConfig, tmp_path: Path) -> None:
+    """Saved at ep 2 by either engine, continued by one process and at ep 4: names and shapes are those of ep 1."""
+    straight = mixed(tiny, tmp_path / "straight")
+    train(straight, quiet=True)
+    want = tensors(list_checkpoints(tmp_path / "straight")[-1])
+    for name, engine in (("fsdp2", {}), ("zero2", {"engine": {"kind": "deepspeed", "zero_stage": 2}})):
+        run_job(4, _train_on, mixed(tiny, tmp_path / name, parallel={"dp": 4, "ep": 2}, **engine))
+        start = {"resume": str(list_checkpoints(tmp_path / name)[0])}
+        train(mixed(tiny, tmp_path / f"{name}_whole", start=start), quiet=True)
+        run_job(4, _train_on, mixed(tiny, tmp_path / f"{name}_ep4", start=start, parallel={"dp": 4, "ep": 4}))
+        for run in (name, f"{name}_whole", f"{name}_ep4"):
+            got = tensors(list_checkpoints(tmp_path / run)[-1])
+            assert want.keys() == got.keys()
+            for key in want:
+                torch.testing.assert_close(got[key], want[key], rtol=0, atol=2e-5, msg=f"{run} {key}")

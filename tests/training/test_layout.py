@@ -92,3 +92,13 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         RankFailed, match=r"parallel\.tp 3 does not divide n_heads 4: set parallel\.tp to one of \[1, 2, 4\]"
     ):
         run_job(2, _diagnose, config, None)
+
+
+def test_doctor_shows_who_holds_which_experts() -> None:
+    model = CONFIG["model"] | {"mlp": ["moe", "swiglu", "swiglu"], "moe": {"experts": 4}}
+    config = parse_config(CONFIG | {"model": model, "parallel": {"dp": 4, "ep": 2}}, source="test")
+    results = run_job(4, _diagnose, config, None)
+    assert [passed for passed, _ in results] == [True] * 4
+    lines = [" ".join(line.replace("│", " ").split()) for line in results[0][1].splitlines()]
+    assert "blocks.0.mlp.experts.up 4 × 32 × 48 dim 0: 0–1, 2–3 its own" in lines, lines
+    assert "experts: ep 2, then over the 2 that hold the same" in " ".join(results[0][1].split())

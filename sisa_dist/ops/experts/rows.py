@@ -16,7 +16,7 @@ ALIGN = 8  # rows an expert's group is a multiple of: 16 bytes of bf16, which CU
 
 
 class Rows(NamedTuple):
-    """A table of M rows: the chosen tokens of each expert in their order, padded to ALIGN, expert after expert.
+    """A table of M rows: the chosen tokens of each expert in their order, padded, expert after expert.
 
     What M has beyond `ends_E[-1]`, and the padding, belongs to no token.
     """
@@ -33,7 +33,8 @@ class Rows(NamedTuple):
 def arrange(expert_NK: Tensor, *, first: int, count: int, total: int, align: int = ALIGN) -> Rows:
     """The table of the experts first..first+count−1, of `total`, for the choices `expert_NK` (int64) of N tokens.
 
-    Groups are padded to `align` rows; 1 for a table that is not multiplied. With all experts here M is known beforehand; with some of them it is read from the device, which is waited for.
+    Groups are padded to `align` rows; 1 will do for a table that is not multiplied. With all experts here M is known
+    beforehand; with some of them it is read from the device, which is waited for.
     """
     num_tokens, top_k = expert_NK.shape
     num_choices, device = expert_NK.numel(), expert_NK.device
