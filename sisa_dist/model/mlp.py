@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sisa_dist.config import ModelConfig
-
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)). Gate and up are separate matrices: a fused one is cut wrongly under tp."""
@@ -35,9 +33,3 @@ class GELU(nn.Module):
 
 MLPS: dict[str, type[SwiGLU] | type[GELU]] = {"swiglu": SwiGLU, "gelu": GELU}
 MLP_MATRICES = {"swiglu": 3, "gelu": 2, "none": 0}  # of d_model × d_ff
-
-
-def feed_forward(config: ModelConfig, layer: int) -> SwiGLU | GELU | None:
-    """The MLP of a block, of the kind the config names for the layer; None where it has none."""
-    kind = config.layer_mlps[layer]
-    return None if kind == "none" else MLPS[kind](config.d_model, config.d_ff, bias=config.mlp_bias)

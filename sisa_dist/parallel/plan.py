@@ -73,6 +73,8 @@ PLAN: dict[str, Split] = {
     "blocks.*.mlp.up.bias": Split("column", "d_ff"),
     "blocks.*.mlp.down.weight": Split("row", "d_ff"),
     "blocks.*.mlp.down.bias": Split("added"),
+    # ssm_gated: the map from a head's C to its slice of the gate; config/model.py sees to it that slices are whole
+    "blocks.*.mlp.ssm_gate.weight": Split("column", "n_heads"),
 }
 
 # Modules whose input enters the tp region once, for all the column layers inside; their row layer leaves it.
