@@ -55,7 +55,7 @@ STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with eve
         "parallel_residual": True,
     },
     "parallel": {"ffn": "parallel", "mlp_bias": True},
-    "ssm_gated": {"ffn": "ssm_gated", "mlp_bias": True},
+    "ssm_gated": {"ffn": "ssm_gated"},
 }
 
 
