@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "init_std": 0.1,
 }
 
-# The mixers that are not sisa and attention; those have grids of their own.
+# The mixers that are not sisa and attention, which have grids of their own, and what may be done to those two.
 _SSM = {"head_dim": 16, "d_state": 12, "chunk": 16}  # 4 heads, of expand 2
 _CHANNELS = {"d_state": 6, "chunk": 16}
 RIVALS: dict[str, dict[str, Any]] = {
@@ -70,6 +70,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     },
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
     "fox": {"mixer": "fox"},
+    "ssm_gated": {"mixer": "sisa", "d_s": 8, "ffn": "ssm_gated", "n_kv_heads": 2},
 }
 CASES: dict[str, dict[str, Any]] = {"sisa": {"mixer": "sisa", "d_s": 8}, "attention": {"mixer": "attention"}, **RIVALS}
 
@@ -108,7 +109,8 @@ def model_of(
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter.ndim < 2:  # gains, biases and scalars of a new model are all alike, which hides mistakes
+            # Gains, biases, scalars and what starts at 0 are all alike in a new model, which hides mistakes.
+            if parameter.ndim < 2 or not parameter.any():
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
             for end, values in DECAY_BIASES.items():
                 if parameter_name.endswith(end) and strength != "initial":

@@ -30,6 +30,7 @@ from sisa_dist.config.mixers import (
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "moe", "none"]
+FFNName = Literal["sequential", "parallel", "ssm_gated"]
 
 
 class ModelConfig(Section):
@@ -55,6 +56,9 @@ class ModelConfig(Section):
     # One, or one per layer. gelu is the exact one, by erf; moe: see `moe`; none: a block is its mixer alone
     mlp: MLPName | list[MLPName] = "swiglu"
     mlp_bias: bool = False
+    # One, or one per layer: how the MLP stands to the mixer. sequential: behind it, with a norm of its own; parallel:
+    # beside it, one norm for both; ssm_gated: beside it, and the mixer's C_t is added to the gate (model/ssm_gated.py)
+    ffn: FFNName | list[FFNName] = "sequential"
     parallel_residual: bool = False  # mixer and MLP read one input, each through its norm, and are added to it together
     tie_embeddings: bool = True
     init_std: PositiveFloat = 0.02
@@ -124,6 +128,10 @@ class ModelConfig(Section):
     def dense_d_ff(self) -> int:
         """Channels inside the MLP of the layers that have one for all tokens; 0 where no layer has."""
         return 0 if set(self.layer_mlps) <= {"moe", "none"} else self.d_ff
+
+    @property
+    def layer_ffns(self) -> list[str]:
+        return [self.ffn] * self.n_layers if isinstance(self.ffn, str) else list(self.ffn)
 
     @property
     def ssm_heads(self) -> int:
@@ -294,6 +302,36 @@ class ModelConfig(Section):
                 raise ValueError(f"d_s of layer {layer} is {d_s} but its mixer is {mixer}: set 0 there")
         if self.log_alpha_min is not None and not self.log_alpha_min < 0:
             raise ValueError(f"log_alpha_min {self.log_alpha_min} is not negative: set for example -1.0, or null")
+        return self
+
+    @_model_validator(mode="after")
+    def _ffn_fits(self) -> ModelConfig:
+        if len(self.layer_ffns) != self.n_layers:
+            raise ValueError(f"ffn lists {len(self.layer_ffns)} layers, n_layers is {self.n_layers}: make them equal")
+        if self.parallel_residual and set(self.layer_ffns) != {"sequential"}:
+            raise ValueError("parallel_residual gives mixer and MLP a norm each, ffn one for both: remove one of them")
+        for layer, (ffn, mlp, mixer) in enumerate(
+            zip(self.layer_ffns, self.layer_mlps, self.layer_mixers, strict=True)
+        ):
+            if ffn != "sequential" and mlp == "none":
+                raise ValueError(f"ffn of layer {layer} is {ffn} but its mlp is none: set ffn to sequential there")
+            if ffn != "ssm_gated":
+                continue
+            if mlp != "swiglu":
+                raise ValueError(f"ffn of layer {layer} is ssm_gated but its mlp {mlp} has no gate: set mlp to swiglu")
+            if "d_s" not in MIXER_NAMES[mixer]:
+                givers = " or ".join(name for name, keys in MIXER_NAMES.items() if "d_s" in keys)
+                raise ValueError(
+                    f"ffn of layer {layer} is ssm_gated but its mixer {mixer} has no C: set ffn to parallel there, or "
+                    f"mixer to {givers}"
+                )
+            if self.d_ff % self.n_heads:
+                below = self.d_ff // self.n_heads * self.n_heads
+                near = " or ".join(str(n) for n in (below, below + self.n_heads) if n)
+                raise ValueError(
+                    f"d_ff {self.d_ff} is not a multiple of n_heads {self.n_heads} and ffn ssm_gated gives each head "
+                    f"its slice: set d_ff to {near}"
+                )
         return self
 
 

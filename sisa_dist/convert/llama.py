@@ -85,7 +85,7 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
     `max_positions`: the context it is said to have; nothing in the function of the model depends on it.
     """
     refuse_mixers("Llama-style", model)
-    same = dict(norm="rmsnorm", mlp="swiglu", parallel_residual=False, rotary_fraction=1.0)
+    same = dict(norm="rmsnorm", mlp="swiglu", ffn="sequential", parallel_residual=False, rotary_fraction=1.0)
     refuse("Llama-style", model, **same)
     if model.d_model % model.n_heads:
         raise UserError(

@@ -1,7 +1,13 @@
-"""One pre-norm block: h += mixer(norm1(h)), h += mlp(norm2(h)); or in parallel h += mixer(norm1(h)) + mlp(norm2(h)).
+"""One pre-norm block, in one of these forms:
 
-A block may be without MLP, and then is without norm2. Where the MLP is a mixture of experts, the block's output is
-followed by how it routed: two more tensors, in a plain tuple, because engines hang their hooks on what they find there.
+    h += mixer(norm1(h)), h += mlp(norm2(h))
+    h += mixer(norm1(h)) + mlp(norm2(h))                       parallel_residual, as GPT-NeoX
+    h += mixer(x) + mlp(x), x = norm1(h)                       ffn parallel, as GPT-J and PaLM
+    h += y + mlp(x, C), (y, C) = mixer(x), x = norm1(h)        ffn ssm_gated (ssm_gated.py)
+
+A block may be without MLP. Where there is none, or one norm serves both, there is no norm2. Where the MLP is a mixture
+of experts, the block's output is followed by how it routed: two more tensors, in a plain tuple, because engines hang
+their hooks on what they find there.
 """
 
 from __future__ import annotations
@@ -22,7 +28,8 @@ class Block(nn.Module):
         self.norm1 = residual_norm(config)
         self.mixer = MIXERS[config.layer_mixers[layer]](config, layer, attention)
         self.mlp = feed_forward(config, layer)
-        if self.mlp is not None:
+        self.ffn = config.layer_ffns[layer]
+        if self.mlp is not None and self.ffn == "sequential":
             self.norm2 = residual_norm(config)
         self.parallel_residual = config.parallel_residual
         self.activation_checkpointing = False
@@ -42,10 +49,17 @@ class Block(nn.Module):
     def _forward(
         self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        mixed_BTD = h_BTD + self.mixer(self.norm1(h_BTD), rope, doc_ids, cache)
+        x_BTD = self.norm1(h_BTD)
+        y_BTD = self.mixer(x_BTD, rope, doc_ids, cache)
+        for_gate: list[Tensor] = []
+        if self.ffn == "ssm_gated":
+            y_BTD, *for_gate = y_BTD
+        mixed_BTD = h_BTD + y_BTD
         if self.mlp is None:
             return mixed_BTD
-        fed = self.mlp(self.norm2(h_BTD if self.parallel_residual else mixed_BTD))
+        if self.ffn == "sequential":
+            x_BTD = self.norm2(h_BTD if self.parallel_residual else mixed_BTD)
+        fed = self.mlp(x_BTD, *for_gate)
         if isinstance(fed, tuple):
             y_BTD, routing = fed
             return (mixed_BTD + y_BTD, *routing)

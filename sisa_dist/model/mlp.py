@@ -22,8 +22,11 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.gated(self.gate(x_BTD), x_BTD)
+
+    def gated(self, gate_BTF: Tensor, x_BTD: Tensor) -> Tensor:
         by_gate, by_down = self.multipliers
-        return scaled(self.down(F.silu(scaled(self.gate(x_BTD), by_gate)) * self.up(x_BTD)), by_down)
+        return scaled(self.down(F.silu(scaled(gate_BTF, by_gate)) * self.up(x_BTD)), by_down)
 
 
 class GELU(nn.Module):

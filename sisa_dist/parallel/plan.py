@@ -106,6 +106,8 @@ PLAN: dict[str, Split] = {
     "blocks.*.mlp.shared.gate.weight": Split("column", "shared_d_ff"),
     "blocks.*.mlp.shared.up.weight": Split("column", "shared_d_ff"),
     "blocks.*.mlp.shared.down.weight": Split("part", "shared_d_ff"),
+    # ssm_gated: the map from a head's C to its slice of the gate; config/model.py sees to it that slices are whole
+    "blocks.*.mlp.ssm_gate.weight": Split("column", "n_heads"),
 }
 
 SHARED_BY_HEADS = ("kv_heads", "ssm_groups")

@@ -69,6 +69,7 @@ def test_configs_that_are_none_are_refused() -> None:
         ("norm", "layernorm"),
         ("mlp", "gelu"),
         ("parallel_residual", True),
+        ("ffn", "ssm_gated"),
         ("attention_bias", "qkv"),
         ("rotary_fraction", 0.5),
     ],

@@ -57,6 +57,8 @@ STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with eve
         "rotary_fraction": 0.25,
         "parallel_residual": True,
     },
+    "parallel": {"ffn": "parallel", "mlp_bias": True},
+    "ssm_gated": {"ffn": "ssm_gated"},
 }
 
 

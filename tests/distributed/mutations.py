@@ -131,15 +131,19 @@ def _unaveraged(engine: FSDP2Engine) -> None:
     engine.dp_size = 1
 
 
-def _wrong_lambda(engine: FSDP2Engine) -> None:
-    """Each rank holds the λ of the next."""
-    for block in engine.model.blocks:
-        if hasattr(block.mixer, "importance"):
-            local = block.mixer.importance.lambda_raw.to_local()
-            mine = torch.distributed.get_rank(engine.mesh.group("tp"))
-            everyones = collectives.all_gather(local.detach()[None], engine.mesh.group("tp"), dim=0)
-            with torch.no_grad():
-                local.copy_(everyones[(mine + 1) % engine.mesh.tp_size])
+def _of_the_next_rank(pattern: str) -> EngineChange:
+    """Each rank holds what the next should hold."""
+
+    def change(engine: FSDP2Engine) -> None:
+        for name, parameter in engine.model.named_parameters():
+            if fnmatchcase(name, pattern):
+                local = parameter.to_local()  # type: ignore[attr-defined]
+                mine = torch.distributed.get_rank(engine.mesh.group("tp"))
+                everyones = collectives.all_gather(local.detach()[None], engine.mesh.group("tp"), dim=0)
+                with torch.no_grad():
+                    local.copy_(everyones[(mine + 1) % engine.mesh.tp_size])
+
+    return change
 
 
 def _unmasked(module: layers.VocabularyEmbedding, tokens_BT: Tensor) -> Tensor:
@@ -211,7 +215,8 @@ MUTATIONS: dict[str, Any] = {
     "partial marked full: B held whole": _marked_full("*.wb.weight"),
     "partial marked full: decay bias held whole": _marked_full("*.decay.bias"),
     "partial marked full: a shared gain": _marked_full("*.q_norm.weight"),
-    "λ from the wrong rank": _wrong_lambda,
+    "λ from the wrong rank": _of_the_next_rank("*.importance.lambda_raw"),
+    "U from the wrong rank": _of_the_next_rank("*.ssm_gate.weight"),
     "loss not averaged": _unaveraged,
     "tensor_model_parallel forgotten": _flag_forgotten,
     "a row layer's bias added on every rank": mock.patch.object(apply, "add_after", _added_by_every_rank),

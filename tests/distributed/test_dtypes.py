@@ -102,6 +102,16 @@ def test_layer_norms_and_biases_too(stage: int) -> None:
     _same(run_job(2, _dtypes, zero)[0], want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_c_meets_the_gate_in_bf16(stage: int) -> None:
+    case = dataclasses.replace(BASE, style="ssm_gated")
+    want = run_job(2, _dtypes, case)[0]
+    assert ("aten.bmm", "torch.bfloat16", "torch.bfloat16") in want["ops"]
+    zero = dataclasses.replace(case, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
+    _same(run_job(2, _dtypes, zero)[0], want)
+
+
 def _same(found: dict[str, Any], want: dict[str, Any]) -> None:
     assert found["borders"] == want["borders"]
     assert found["parameters"] == want["parameters"]

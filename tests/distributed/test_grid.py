@@ -56,6 +56,25 @@ def test_another_familys_block_equals_one_process(case: Case) -> None:
     check(case)
 
 
+COMPILED = (("compile", True),)
+ONE_NORM = [
+    Case("tp2_sp", "attention", 2, "heterogeneous", "fp32", documents=True, style="parallel"),
+    Case("tp2_dp2", "sisa", 4, "uniform", "bf16", checkpointing=True, style="parallel"),
+    Case("tp4_sp", "sisa", 1, "heterogeneous", "fp32", documents=True, tied=False, style="ssm_gated"),
+    Case("tp2_dp2_sp", "sisa", 2, "heterogeneous", "bf16", checkpointing=True, qk_norm=True, style="ssm_gated"),
+    Case("hsdp_2x2", "sisa", 4, "heterogeneous", "bf16", style="ssm_gated"),
+    Case("tp2", "sisa", 4, "uniform", "fp32", style="ssm_gated", engine=COMPILED),
+    Case("dp2", "sisa", 4, "uniform", "fp32", checkpointing=True, style="ssm_gated", engine=COMPILED),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(ONE_NORM, key=lambda case: case.world_size), ids=str)
+def test_a_block_with_one_norm_equals_one_process(case: Case) -> None:
+    """In fp32 and two data ranks the fast one is test_grid_rivals.py's; ZeRO's are there too."""
+    check(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(FULL, key=lambda case: case.world_size), ids=str)
 def test_full_product_equals_one_process(case: Case) -> None:
@@ -119,6 +138,7 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "a row layer's bias added on every rank": (NEOX, "score"),
     "a row layer's bias not summed under sp": (NEOX_SP, "gradient blocks.0.mixer.wo.bias"),
     "a norm's bias not summed under sp": (NEOX_SP, "gradient blocks.0.norm1.bias"),
+    "U from the wrong rank": (Case("tp2", "ssm_gated", 4, "uniform", "fp32"), "score"),
     "partial marked full: a kv bias held whole": (BIASED, "gradient blocks.0.mixer.wk.bias"),
     "partial marked full: a router": (MIXED, "gradient blocks.0.mlp.router.weight"),
     "experts of another rank": (MIXED, "score"),

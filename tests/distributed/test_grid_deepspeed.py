@@ -63,11 +63,19 @@ STYLED = [
         (2, "tp2_dp2", "sisa", 2, "uniform", "fp32", "neox"),
         (3, "tp2_dp2_sp", "attention", 4, "heterogeneous", "fp32", "neox"),
         (3, "dp2", "sisa", 2, "uniform", "bf16", "llama"),
+        (0, "tp2_sp", "sisa", 1, "heterogeneous", "fp32", "ssm_gated"),
+        (1, "tp2_dp2", "sisa", 4, "heterogeneous", "bf16", "ssm_gated"),
+        (2, "dp2", "sisa", 2, "uniform", "bf16", "ssm_gated"),
+        (3, "tp2_dp2_sp", "sisa", 2, "heterogeneous", "bf16", "ssm_gated"),
     )
 ]
 
 
-@pytest.mark.parametrize("case", STYLED, ids=lambda case: f"zero{case.zero_stage}-{case}")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.style == "ssm_gated")) for case in STYLED],
+    ids=lambda case: f"zero{case.zero_stage}-{case}",
+)
 def test_another_familys_block_under_zero_equals_one_process(case: Case) -> None:
     check(case)
 

@@ -27,7 +27,9 @@ def cases(name: str) -> list[Case]:
 
 # Every case of a mixer's first variant; of further ones, and of options of sisa and attention, two.
 FIRST = {mixer_of(name): name for name in reversed(RIVALS) if mixer_of(name) not in ("sisa", "attention")}
-FAST = [case for name in RIVALS for case in (cases(name) if name in FIRST.values() else cases(name)[:2])]
+# Of a block's form, whose mixer has its own, one.
+FEW = {name: 1 if "ffn" in rival else 2 for name, rival in RIVALS.items()}
+FAST = [case for name in RIVALS for case in (cases(name) if name in FIRST.values() else cases(name)[: FEW[name]])]
 SLOW = [case for name in RIVALS for case in cases(name) if case not in FAST]
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 

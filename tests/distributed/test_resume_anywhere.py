@@ -91,6 +91,7 @@ class Move:
 # one process, makes 1e-4 of a gain's first moment ten steps later at some points of training; here it makes 5e-6.
 SISA = ("model.n_layers=1",)
 MIXED = ("model.mixer=[sisa,attention]", "model.d_s=[8,0]", "model.tie_embeddings=false")
+GATED = ("model.ffn=[ssm_gated,parallel]", *MIXED)  # with a parameter of three dimensions
 
 
 def run_of(tiny_overrides: list[str], model: tuple[str, ...], steps: int) -> RunConfig:
@@ -160,10 +161,10 @@ def check(move: Move) -> None:
 
 MIXED_WAY = [Place("zero2", 2, 2), Place("fsdp2", 4, 4, True), Place("zero3", 4, 2), Place("fsdp2", 1)]
 MIXED_WAY += [Place("zero0", 4, 4), Place("zero0", 4, 4)]
-WAYS = {"every engine": (SISA, WAY), "bf16": (SISA, BF16), "mixed": (MIXED, MIXED_WAY)}
+WAYS = {"every engine": (SISA, WAY), "bf16": (SISA, BF16), "mixed": (MIXED, MIXED_WAY), "gated": (GATED, MIXED_WAY)}
 STEPS = BEFORE * len(WAY) + AFTER
 MOVES = [
-    pytest.param(name, number, id=f"{a}->{b}", marks=[pytest.mark.slow] if name == "mixed" else [])
+    pytest.param(name, number, id=f"{a}->{b}", marks=[pytest.mark.slow] if name in ("mixed", "gated") else [])
     for name, (_, way) in WAYS.items()
     for number, (a, b) in enumerate(itertools.pairwise(way))
 ]

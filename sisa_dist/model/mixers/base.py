@@ -30,6 +30,9 @@ class Mixer(nn.Module, ABC):
     Written for whole heads and columns; parallel/plan.py says how its parameters are cut, and the same code then runs
     on fewer heads. `doc_ids` [B, T], non-decreasing: no position sees another document, and what a document gives is
     what it gives alone. With a cache the input continues what the cache has seen.
+
+    In a layer whose `ffn` is ssm_gated the result is a pair, with C [B, H, T, d_s] behind it for the MLP's gate. A
+    plain tuple, and no attribute: engines hang hooks on what a forward returns, and recomputation repeats it.
     """
 
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig) -> None:
@@ -47,4 +50,4 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor: ...
+    ) -> Tensor | tuple[Tensor, Tensor]: ...

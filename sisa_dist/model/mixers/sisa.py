@@ -101,6 +101,7 @@ class SISA(Mixer):
         d, d_h, d_s = config.d_model, config.width_per_head, config.layer_d_s[layer]
         n_heads, n_kv_heads = config.n_heads, config.kv_heads
         self.head_dim, self.d_s = d_h, d_s
+        self.gives_C = config.layer_ffns[layer] == "ssm_gated"
         self.wq = nn.Linear(d, n_heads * d_h, bias=config.qkv_bias)
         self.wk = nn.Linear(d, n_kv_heads * d_h, bias=config.qkv_bias)
         self.wv = nn.Linear(d, n_kv_heads * d_h, bias=config.qkv_bias)
@@ -145,7 +146,7 @@ class SISA(Mixer):
 
     def forward(
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         assert cache is None or isinstance(cache, SisaCache)
         q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
         k_BHTK = apply_rope(self.k_norm(split_heads(self.wk(x_BTD), self.head_dim)), rope)
@@ -158,9 +159,11 @@ class SISA(Mixer):
         else:
             theta_BHTP = lam_H.new_zeros(*B_BHTS.shape[:3], self.d_s // 2)
         log_alpha_BHT = lam_H.new_zeros(B_BHTS.shape[:3]) if self.decay is None else self.decay(x_BTD)
+        unscaled_C_BHTS = C_BHTS
         if self.ssmax is not None:
             q_BHTK, C_BHTS = self.ssmax(q_BHTK, C_BHTS, doc_ids=doc_ids, cache=cache)
         y_BHTK = self.score(
             q_BHTK, k_BHTK, v_BHTK, C_BHTS, B_BHTS, log_alpha_BHT, theta_BHTP, lam_H, doc_ids=doc_ids, cache=cache
         )
-        return self.wo(merge_heads(y_BHTK))
+        out_BTD = self.wo(merge_heads(y_BHTK))
+        return (out_BTD, unscaled_C_BHTS) if self.gives_C else out_BTD
