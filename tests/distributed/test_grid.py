@@ -71,7 +71,7 @@ ONE_NORM = [
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(ONE_NORM, key=lambda case: case.world_size), ids=str)
 def test_a_block_with_one_norm_equals_one_process(case: Case) -> None:
-    """In fp32 and two data ranks the fast one is test_grid_rivals.py's; ZeRO's are there too."""
+    """Slow: the fast case of ssm_gated is test_grid_rivals.py's. Under ZeRO: test_grid_deepspeed.py."""
     check(case)
 
 
