@@ -147,7 +147,12 @@ def forgets(name: str) -> bool:
     return any(path.endswith(tuple(DECAY_BIASES)) for path in parameters)
 
 
+# What costs seconds a case runs on these; the further variants are slow.
+FIRST = {mixer_of(name): name for name in reversed(CASES)}
 every_mixer = pytest.mark.parametrize("name", CASES)
+first_of_every_mixer = pytest.mark.parametrize(
+    "name", [name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 every_mixer_and_decay = pytest.mark.parametrize(
     ("name", "strength"),
     [(name, s) for name in CASES for s in (("weak", "initial", "strong") if forgets(name) else ("initial",))],

@@ -7,29 +7,26 @@ import pytest
 from distributed.comparing import errors, red
 from distributed.grid import Case, run_case, run_plain
 from distributed.pool import run_job
-from mixer_cases import RIVALS, mixer_of
+from mixer_cases import FIRST, RIVALS
 
 ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (2, 3))
 
 
 def cases(name: str) -> list[Case]:
-    """Those of a variant; the first two say the most."""
+    """Those of a variant; the earlier say more."""
     return [
-        Case("tp4", name, 4, "uniform", "fp32", documents=True, tied=False),
+        Case("tp4", name, 4, "uniform", "fp32", documents=True, tied=False, checkpointing=True),
+        Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3),
         Case("tp2_sp", name, 4, "uniform", "fp32", documents=True, checkpointing=True),
         Case("tp2", name, 4, "uniform", "fp32"),
         Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
         Case("dp2", name, 4, "uniform", "fp32", documents=True),
-        Case("tp2_dp2", name, 4, "uniform", "fp32", engine=ZERO3),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2),
     ]
 
 
-# Every case of a mixer's first variant; of further ones, and of options of sisa and attention, two.
-FIRST = {mixer_of(name): name for name in reversed(RIVALS) if mixer_of(name) not in ("sisa", "attention")}
-# Of a block's form, whose mixer has its own, one.
-FEW = {name: 1 if "ffn" in rival else 2 for name, rival in RIVALS.items()}
-FAST = [case for name in RIVALS for case in (cases(name) if name in FIRST.values() else cases(name)[: FEW[name]])]
+# Three of a mixer's first variant; of further ones, and of options of sisa, attention and the block, one.
+FAST = [case for name in RIVALS for case in cases(name)[: 3 if name in FIRST.values() else 1]]
 SLOW = [case for name in RIVALS for case in cases(name) if case not in FAST]
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 

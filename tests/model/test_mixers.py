@@ -17,6 +17,7 @@ from mixer_cases import (
     config_of,
     every_mixer,
     every_mixer_and_decay,
+    first_of_every_mixer,
     logits_and_embedding,
     mixers_of,
     model_of,
@@ -85,7 +86,7 @@ def test_fp32_is_near_fp64(name: str) -> None:
         assert (found[torch.float32][path].double() - wanted).abs().max() < 2e-4 * size, path
 
 
-@every_mixer
+@first_of_every_mixer
 def test_a_block_compiles_without_a_graph_break(name: str) -> None:
     """With every gradient. One graph, whose layouts the compiler foresees; a wrong one shows in the backward."""
     torch.compiler.reset()
