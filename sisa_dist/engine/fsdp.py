@@ -143,7 +143,8 @@ class FSDP2Engine:
     def _average_experts(self) -> None:
         """What FSDP averaged over the holders of the same experts, dp / ep, is made an average over all data ranks.
 
-        Not by its divide factor: that is a PREMUL_SUM, which gloo has not, and on one holder divides twice.
+        Not by FSDP's divide factor: that is a PREMUL_SUM, which gloo has not, and where a plain sum is forced instead
+        torch 2.13 divides twice if there is one holder. A shard is divided once a step, which costs next to nothing.
         """
         for name, parameter in self.model.named_parameters() if self.dealt_out else ():
             if name in self.dealt_out and isinstance(parameter.grad, DTensor):

@@ -53,12 +53,12 @@ class Estimate:
 
 
 def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
-    """For `world_size` processes; None: parallel.tp × parallel.dp (1 or dp_replicate where dp is null).
+    """For `world_size` processes; None: parallel.tp × parallel.dp (where dp is null 1, dp_replicate or ep).
 
     Raises UserError where the config does not fit so many.
     """
     parallel = config.parallel
-    world_size = world_size or parallel.tp * (parallel.dp or parallel.dp_replicate)
+    world_size = world_size or parallel.tp * (parallel.dp or parallel.dp_replicate * parallel.ep)
     with pretended_mesh(config, world_size) as mesh:
         _check_batch(config, mesh)
         with torch.device("meta"):
