@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from distributed.comparing import errors, red
-from distributed.grid import Case, run_case, run_plain
+from distributed.grid import Case, run_case
 from distributed.pool import run_job
+from distributed.test_grid import reference
 from mixer_cases import FIRST, RIVALS
 
 ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (2, 3))
@@ -22,6 +23,8 @@ def cases(name: str) -> list[Case]:
         Case("tp2_dp2_sp", name, 4, "uniform", "fp32"),
         Case("dp2", name, 4, "uniform", "fp32", documents=True),
         Case("dp2", name, 4, "uniform", "fp32", engine=ZERO2),
+        Case("tp2_dp2_sp", name, 4, "uniform", "bf16"),
+        Case("tp2", name, 4, "uniform", "bf16", engine=ZERO2),
     ]
 
 
@@ -33,7 +36,7 @@ CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_rival_equals_one_process(case: Case) -> None:
-    want = run_plain(case.reference())
+    want = reference(case.reference())
     got = run_job(case.world_size, run_case, case)[0]
     clip = case.config().optimizer.grad_clip
     assert clip is not None and min(want.norms) > clip, "clipping must be active"
