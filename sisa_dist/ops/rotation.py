@@ -43,6 +43,9 @@ def turn(x: Tensor, phase: Tensor) -> Tensor:
     on CPU: the pairs are numbers of the complex plane, turned in one copy of x, and the gradient of φ is read off the
     result, y_even g_odd − y_odd g_even.
     """
+    if torch.compiler.is_compiling():  # it fuses the plain form, and has no code for complex numbers
+        num = 2 * phase.shape[-1]
+        return torch.cat((rotate(x[..., :num], phase.cos(), phase.sin()), x[..., num:]), dim=-1)
     return _Turn.apply(x, phase)
 
 
