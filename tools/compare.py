@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=_words, default=list(TASKS), metavar="A,B,…", help="of text, recall, parity")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     parser.add_argument("--lr", type=_factors, default=[1.0], metavar="F,…", help=_LR)
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="instead of the sources of Python's library")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help=_TEXT)
     parser.add_argument("--lambada", type=Path, metavar="FILE", help="the LAMBADA .jsonl file; without it: skipped")
     parser.add_argument("--blimp", type=Path, metavar="PATH", help="BLiMP's folder or zip; without it: skipped")
     parser.add_argument("--lambada-items", type=int, default=300, metavar="N", help="passages scored (default: 300)")
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _LR = "factors on the learning rate of the task's config; of several, every system's best counts (default: 1)"
+_TEXT = "instead of the sources of Python's library; NIAH, LAMBADA and BLiMP are English and want English to learn from"
 _SET = "a key of configs/compare/TASK.yaml, e.g. text.training.steps=2000"
 _JOBS = "runs side by side, which share the cores (default: one a core); 1: in this process"
 

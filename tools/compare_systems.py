@@ -1,7 +1,8 @@
 """The systems that tools/compare.py compares: every registered mixer, variants of some, and how they are made equal.
 
 A system is a few keys laid over the `model:` block of a task's config. To add one, add a line to VARIANTS; a mixer that
-is registered needs none. It trains nothing.
+is registered needs none. It trains nothing. No mixture of experts is among them: at equal parameters it would have less
+work a token than the others, at equal work more parameters, so it belongs in no table of equals.
 """
 
 from __future__ import annotations
@@ -12,26 +13,29 @@ from typing import Any
 import torch
 
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
-from sisa_dist.config.mixers import MIXER_NAMES
+from sisa_dist.config.mixers import MIXER_NAMES, WITH_SSM_HEADS
 from sisa_dist.model import build_model, num_parameters
 
 CORE = ("attention", "mamba3", "fox", "sisa")
 TOLERANCE = 0.005  # of the parameters
 
-# Beside one plain system for every mixer. `pattern`: mixers that take turns from layer to layer. Keys that this version
-# has no section for are no error: the variant is then not offered.
+# Beside one plain system for every mixer. `pattern`: mixers that take turns from layer to layer. `ssmax: True`: at the
+# task's own length. Keys that this version has no section for are no error: the variant is then not offered.
 VARIANTS: dict[str, dict[str, Any]] = {
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}},
     "mamba3_mimo": {"mixer": "mamba3", "mamba3": {"rank": 2}},
     "mamba3_rational": {"mixer": "mamba3", "mamba3": {"decay": "rational"}},
     "mamba3_no_mlp": {"mixer": "mamba3", "mlp": "none"},
-    "attention_ssmax": {"mixer": "attention", "ssmax": {}},
-    "sisa_ssmax": {"mixer": "sisa", "ssmax": {}},
+    "attention_ssmax": {"mixer": "attention", "ssmax": True},
+    "sisa_ssmax": {"mixer": "sisa", "ssmax": True},
     "sisa_no_decay": {"mixer": "sisa", "sisa": {"decay": False}},
     "sisa_no_rotation": {"mixer": "sisa", "sisa": {"rotation": False}},
     "sisa_bilinear": {"mixer": "sisa", "sisa": {"decay": False, "rotation": False}},
     "mamba2_attention": {"pattern": ["mamba2", "attention"]},
+    "mamba3_attention": {"pattern": ["mamba3", "attention"]},
     "mamba3_sisa": {"pattern": ["mamba3", "sisa"]},
+    # Jamba's layers without its experts; one in two is attention, not one in eight, of which there are too few here.
+    "jamba": {"pattern": ["mamba", "attention"], "rotary_fraction": 0.0, "mamba": {"norms": True}},
 }
 
 
@@ -113,19 +117,39 @@ def parameters(config: RunConfig) -> int:
 
 def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
     tree = base.model_dump()
-    model = tree["model"]
+    model, seq_len = tree["model"], base.training.seq_len
     mixers = _mixers(keys)
-    read = [section for mixer in mixers for section in MIXER_NAMES[mixer]]
-    head = base.model.width_per_head
     model |= {key: value for key, value in keys.items() if key != "pattern"} | size
+    if keys.get("ssmax"):
+        model["ssmax"] = seq_len
     if "pattern" in keys:
         model["mixer"] = [mixers[layer % len(mixers)] for layer in range(model["n_layers"])]
-    layers = [model["mixer"]] * model["n_layers"] if isinstance(model["mixer"], str) else model["mixer"]
-    # The proportions of the papers: d_s 32 at heads of 64 (SISA), d_state 128 at heads of 64, expand 2 (Mamba-2 and 3).
-    has_d_s = [mixer == "sisa" or "d_s" in MIXER_NAMES[mixer] for mixer in layers]
-    model["d_s"] = [head // 2 if has else 0 for has in has_d_s] if any(has_d_s) else None
-    model["ssm"] = {"head_dim": head, "d_state": 2 * head, "expand": 2.0} if "ssm" in read else None
+    model |= _proportions(base, mixers, [model["mixer"]] * model["n_layers"] if "mixer" in keys else model["mixer"])
     return parse_config(tree, source=f"{base.name}, system {'/'.join(mixers)}")
+
+
+def _proportions(base: RunConfig, mixers: list[str], layers: list[str]) -> dict[str, Any]:
+    """The sizes of the mixers' own parts, each as its paper has them to the width, a head or the training length."""
+    head, seq_len, found = base.model.width_per_head, base.training.seq_len, {}
+    has_d_s = ["d_s" in MIXER_NAMES[mixer] for mixer in layers]
+    if any(has_d_s):
+        found["d_s"] = [head // 2 if has else 0 for has in has_d_s]  # SISA: 32 at heads of 64
+    if any(mixer in WITH_SSM_HEADS for mixer in mixers):
+        # Mamba-2 and 3: d_state 128 at heads of 64, expand 2. Falcon-H1, whose attention stands beside it: 1.5.
+        expand = 1.5 if "falcon_h1" in mixers else 2.0
+        # A chunk as long as a head is wide: 5 % less time than 64 in Mamba-3 at heads of 32, and the same result.
+        found["ssm"] = {"head_dim": head, "d_state": 2 * head, "expand": expand, "chunk": head}
+    elif any("ssm" in MIXER_NAMES[mixer] for mixer in mixers):
+        found["ssm"] = {"d_state": 16, "expand": 2.0}  # Mamba, Jamba, Hymba: a channel has no head to go by
+    if "hymba" in mixers:
+        # Trained at 2048 with windows of 1024 and 128 meta tokens. Of its 32 layers the first, the middle and the last
+        # see everything; of so few as here the middle one alone, or no window would be left.
+        found["hymba"] = {
+            "window": max(1, seq_len // 2),
+            "global_layers": [base.model.n_layers // 2],
+            "meta_tokens": max(1, seq_len // 16),
+        }
+    return found
 
 
 def _mixers(keys: dict[str, Any]) -> list[str]:

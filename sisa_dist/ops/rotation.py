@@ -9,6 +9,7 @@ of one [.., T] and one [.., T, d_s/2] temporary. Nothing here knows about attent
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,43 @@ def rotate(x_BHTs: Tensor, cos_BHTm: Tensor, sin_BHTm: Tensor) -> Tensor:
     """R(φ) on each adjacent pair (2m, 2m+1) of the last dimension: [[cos, -sin], [sin, cos]]."""
     even, odd = x_BHTs.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos_BHTm - odd * sin_BHTm, even * sin_BHTm + odd * cos_BHTm), dim=-1).flatten(-2)
+
+
+def turn(x: Tensor, phase: Tensor) -> Tensor:
+    """`rotate` of the first 2m channels of x `[..., N]` by phase `[..., m]`, the others as they are; x's dtype.
+
+    phase broadcasts to x. Both fp32 or both fp64. What rotate and a concatenation give, at less than half of their time
+    on CPU: the pairs are numbers of the complex plane, turned in one copy of x, and the gradient of φ is read off the
+    result, y_even g_odd − y_odd g_even.
+    """
+    if torch.compiler.is_compiling():  # it fuses the plain form, and has no code for complex numbers
+        num = 2 * phase.shape[-1]
+        return torch.cat((rotate(x[..., :num], phase.cos(), phase.sin()), x[..., num:]), dim=-1)
+    return _Turn.apply(x, phase)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, phase: Tensor) -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        _pairs(y, phase.shape[-1]).mul_(torch.complex(phase.cos(), phase.sin()))
+        ctx.save_for_backward(y, phase)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, phase = ctx.saved_tensors
+        num = phase.shape[-1]
+        (y_even, y_odd), (even, odd) = (z[..., : 2 * num].unflatten(-1, (num, 2)).unbind(-1) for z in (y, grad))
+        grad_phase = (y_even * odd - y_odd * even).sum_to_size(phase.shape)
+        grad_x = grad.clone(memory_format=torch.contiguous_format)
+        _pairs(grad_x, num).mul_(torch.complex(phase.cos(), -phase.sin()))
+        return grad_x, grad_phase
+
+
+def _pairs(x: Tensor, num: int) -> Tensor:
+    """The first `num` adjacent pairs of the last dimension as complex numbers, a view. N is even."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))[..., :num]
 
 
 def expand_kv(x: Tensor, num_heads: int) -> Tensor:

@@ -72,7 +72,7 @@ def ssd(
             y_bghclp = y_bghclp + carried_bghclp * _rows(enter_bghct, rank)
         if diagonal is not None:
             d_bghct = _chunks(diagonal, length, work).unflatten(1, groups)
-            y_bghclp = y_bghclp + _own_term(x_bghclp, B_bgcln, C_bgcln, rank) * _rows(d_bghct, rank)
+            y_bghclp = y_bghclp + _own_term(x_bghclp, CB_bgcll, d_bghct, rank)
         y = y_bghclp.flatten(1, 2).flatten(2, 3)[:, :, : T * rank]
         return y.to(x.dtype), after_bghnp.flatten(1, 2)
 
@@ -145,19 +145,22 @@ def _pass_on(new_bghcnp: Tensor, keep_bghc: Tensor, state: Tensor | None) -> tup
     return torch.stack(before, dim=3), now
 
 
-def _own_term(x_bghclp: Tensor, B_bgcln: Tensor, C_bgcln: Tensor, rank: int) -> Tensor:
-    """(C_i·B_i) x_i; with several rows a token Σ_s (C_i^r·B_i^s) x_i^s."""
-    B, C = (z.unflatten(-2, (-1, rank)) for z in (B_bgcln, C_bgcln))
-    if rank == 1:
-        return (C * B).sum(-1)[:, :, None] * x_bghclp
-    own_bgctrr = C @ B.mT
-    return (own_bgctrr[:, :, None] @ x_bghclp.unflatten(-2, (-1, rank))).flatten(-3, -2)
+def _own_term(x_bghclp: Tensor, CB_bgcll: Tensor, d_bghct: Tensor, rank: int) -> Tensor:
+    """d_i (C_i·B_i) x_i; with several rows a token d_i Σ_s (C_i^r·B_i^s) x_i^s."""
+    if rank == 1:  # read off the products there are: a second C ∘ B and its backward cost as much as all of the decays
+        return (CB_bgcll.diagonal(dim1=-2, dim2=-1)[:, :, None] * d_bghct)[..., None] * x_bghclp
+    CB_bgctrtr = CB_bgcll.unflatten(-1, (-1, rank)).unflatten(-3, (-1, rank))
+    own_bgctrr = CB_bgctrtr.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    own_bghctrr = own_bgctrr[:, :, None] * d_bghct[..., None, None]
+    return (own_bghctrr @ x_bghclp.unflatten(-2, (-1, rank))).flatten(-3, -2)
 
 
 def _chunks(z: Tensor, rows: int, work: torch.dtype) -> Tensor:
     """`[B, H, T, ...]` → `[B, H, chunks, rows, ...]`, filled up with zeros: tokens that neither decay nor add."""
     missing = -z.shape[2] % rows
-    return F.pad(z.to(work), (0, 0) * (z.ndim - 3) + (0, missing)).unflatten(2, (-1, rows))
+    # Padding by nothing copies too.
+    z = F.pad(z.to(work), (0, 0) * (z.ndim - 3) + (0, missing)) if missing else z.to(work).contiguous()
+    return z.unflatten(2, (-1, rows))
 
 
 def _document_chunks(doc_ids_BT: Tensor, length: int) -> Tensor:

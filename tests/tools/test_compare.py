@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -13,15 +14,18 @@ import compare
 import compare_pool
 import compare_run
 import pytest
+import torch
 from compare_plan import Comparison, load_bases
 from compare_results import check
 from compare_systems import TOLERANCE, VARIANTS, choose, match, missing, parameters, systems
-from compare_task import train_task
+from compare_task import accuracy_of, make_task, train_task
 from rich.console import Console
 
 from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.config.mixers import MIXER_NAMES
+from sisa_dist.engine import build_engine
+from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.signals import Requeue
 
@@ -182,6 +186,31 @@ def test_every_mixer_has_a_system_of_equal_size(tmp_path: Path) -> None:
             assert parameters(found.config) == found.parameters, (task, name)
             without_mlp = "mlp" in offered[name]
             assert abs(found.excess) <= (0.1 if without_mlp else TOLERANCE), (task, name)
+            model, seq_len = found.config.model, base.training.seq_len
+            if "hymba" in model.layer_mixers:  # a window that hides something, and a layer that hides nothing
+                windows = [model.window_of(layer) for layer in range(model.n_layers)]
+                assert None in windows and min(w for w in windows if w is not None) < seq_len, task
+            if "ssmax" in name:
+                assert model.ssmax == seq_len
+    jamba = match(base, "jamba").config.model
+    assert jamba.layer_mixers == ["mamba", "attention"] and jamba.mamba_options.norms and not jamba.rotary_channels
+
+
+def test_every_system_takes_a_step(tmp_path: Path) -> None:
+    """At the sizes that are trained, and scores a sequence of twice the length."""
+    base = load_bases(["recall"], [], text=None, folder=tmp_path, scale=1.0)["recall"]
+    training = base.training.model_copy(update={"micro_batch_size": 2, "global_batch_tokens": 48})
+    task = make_task("recall", training.seq_len)
+    for name in systems():
+        config = match(base, name).config.model_copy(update={"training": training})
+        engine = build_engine(config, init_mesh(config.parallel, device=config.device))
+        before = {key: tensor.clone() for key, tensor in engine.state_tensors().items()}
+        result = engine.train_step([task.batch(0, 2, seed=0)], 1e-3)
+        assert math.isfinite(result.loss) and result.grad_norm > 0 and not result.skipped, name
+        moved = [key for key, tensor in engine.state_tensors().items() if not torch.equal(tensor, before[key])]
+        assert moved, name
+        (found,) = accuracy_of(engine, "recall", 2 * training.seq_len, sequences=1)
+        assert 0 <= found <= 1, name
 
 
 def test_names_that_are_not_there() -> None:

@@ -202,7 +202,7 @@ def ssd_multiply_adds(
     ssm, heads = config.state_space, config.ssm_heads
     length = min(ssm.chunk, seq_len)
     tokens = -(-seq_len // length) * length / seq_len  # with those that fill up the last chunk
-    pairs = length + (1 if diagonal and rank > 1 else 0)  # a token's own rows are a small product by themselves
-    within = pairs * rank * rank * (groups * ssm.d_state + heads * ssm.head_dim)
+    own = 1 if diagonal and rank > 1 else 0  # a token's own rows meet its x in a small product by themselves
+    within = rank * rank * (length * groups * ssm.d_state + (length + own) * heads * ssm.head_dim)
     states = (2 if seq_len > length else 1) * rank * heads * ssm.d_state * ssm.head_dim
     return tokens * (within + states)

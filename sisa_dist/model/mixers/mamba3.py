@@ -40,7 +40,7 @@ from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables
 from sisa_dist.ops import running_phase, ssd
-from sisa_dist.ops.rotation import expand_kv, rotate
+from sisa_dist.ops.rotation import turn
 
 A_MOST = -1e-4
 BC_EPS = 1e-5
@@ -80,8 +80,8 @@ class HeadBias(nn.Module):
 
     def forward(self, x_BGTS: Tensor) -> Tensor:
         """[B, G, T, size] → [B, H, T, size]: head h takes group h // (H / G)."""
-        bias_HS = self.bias.view(-1, self.size)
-        return expand_kv(at_least_fp32(x_BGTS), bias_HS.shape[0]) + bias_HS[:, None]
+        bias_GHS = self.bias.view(x_BGTS.shape[1], -1, self.size)
+        return (at_least_fp32(x_BGTS)[:, :, None] + bias_GHS[:, :, None]).flatten(1, 2)
 
 
 class Ranks(nn.Module):
@@ -196,9 +196,7 @@ class Mamba3(Mixer):
     def _turned(self, x_BHTS: Tensor, phase_BHTm: Tensor) -> Tensor:
         """[B, H, T, R·N] → [B, H, T·R, N], the first half of each row's channels turned by its token's Φ."""
         x_BHTRN = x_BHTS.unflatten(-1, (self.rank, self.d_state))
-        phase = phase_BHTm[:, :, :, None]
-        turning, still = x_BHTRN.split(self.d_state // 2, dim=-1)
-        return torch.cat((rotate(turning, phase.cos(), phase.sin()), still), dim=-1).flatten(2, 3)
+        return turn(x_BHTRN, phase_BHTm[:, :, :, None]).flatten(2, 3)
 
     def _continued(
         self,
