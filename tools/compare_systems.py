@@ -130,7 +130,8 @@ def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
 
 def _proportions(base: RunConfig, mixers: list[str], layers: list[str]) -> dict[str, Any]:
     """The sizes of the mixers' own parts, each as its paper has them to the width, a head or the training length."""
-    head, seq_len, found = base.model.width_per_head, base.training.seq_len, {}
+    head, seq_len = base.model.width_per_head, base.training.seq_len
+    found: dict[str, Any] = {}
     has_d_s = ["d_s" in MIXER_NAMES[mixer] for mixer in layers]
     if any(has_d_s):
         found["d_s"] = [head // 2 if has else 0 for has in has_d_s]  # SISA: 32 at heads of 64
