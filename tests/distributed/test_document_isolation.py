@@ -22,7 +22,7 @@ from distributed.comparing import FP32
 from distributed.grid import LR, TOKENS, VOCAB, Case, constants_with_noise
 from distributed.pool import run_job
 from distributed.probing import on_gradients
-from mixer_cases import mixer_of
+from mixer_cases import FIRST, mixer_of
 from samples import EOS, write_split
 from sisa_dist.config import RunConfig
 from sisa_dist.engine import build_engine
@@ -70,16 +70,16 @@ CASES = [
     Packed(Case("tp4_sp", "attention", 4, "uniform", "fp32")),
     Packed(Case("tp2_dp2_sp", "sisa", 2, "heterogeneous", "fp32")),
     Packed(Case("tp2_dp2_sp", "attention", 1, "heterogeneous", "fp32", **_zero(3)), "concat"),
-    Packed(Case("tp2_sp", "fox_pro", 2, "uniform", "fp32", **_zero(3))),
-    Packed(Case("tp4", "fox_pro", 2, "uniform", "fp32"), "concat"),
-    Packed(Case("tp2_sp", "sigmoid_sisa", 2, "uniform", "fp32", **_zero(3))),
-    Packed(Case("tp4", "sigmoid_sisa", 2, "uniform", "fp32"), "concat"),
 ]
+# The other mixers, two each; what is fast of them is in test_grid_rivals.py, whose reference is packed itself.
+RIVALS = [name for mixer, name in FIRST.items() if mixer not in ("sisa", "attention")]
+SLOW = [Packed(Case("tp2_sp", name, 2, "uniform", "fp32", **_zero(3))) for name in RIVALS]
+SLOW += [Packed(Case("tp4", name, 2, "uniform", "fp32"), "concat") for name in RIVALS]
 
 
 def test_every_mixer_is_packed_under_tp_and_under_both_engines() -> None:
     for mixer in MIXERS:
-        mine = [packed.case for packed in CASES if mixer_of(packed.case.mixer) == mixer]
+        mine = [packed.case for packed in CASES + SLOW if mixer_of(packed.case.mixer) == mixer]
         for wanted in ("tp2", "tp4", "_sp"):
             assert any(wanted in case.layout for case in mine), (mixer, wanted)
         assert len({case.zero_stage is None for case in mine}) == 2, mixer
@@ -171,14 +171,23 @@ def worst(packed: Packed, documents: list[list[int]], served: list[Batch]) -> di
     assert want.keys() == got.keys() and min(gradient.abs().max() for gradient in want.values()) > 0
     found = {"loss": abs(loss - want_loss) / FP32, "norm": abs(norm - want_norm) / want_norm / FP32}
     found["count"] = float(count != sum(labels.numel() for _, labels in pieces)) * 2
-    owner = {name: name.rpartition(".")[0] for name in want}  # as in comparing.py: a module's tensors share a scale
+    # As in comparing.py a module's tensors share a scale; so do the gains inside a mixer, whose gradients are sums over
+    # channels and may cancel: of Hymba's dt_norm here to a tenth, and 4e-9 of rounding are then too much.
+    owner = {name: name.rsplit(".", 2 if "_norm." in name else 1)[0] for name in want}
     for name, gradient in want.items():
         scale = max(want[other].abs().max().item() for other in want if owner[other] == owner[name])
         found[name] = (got[name] - gradient).abs().max().item() / (FP32 * scale)
     return {name: error for name, error in found.items() if not error <= 1}
 
 
-@pytest.mark.parametrize("packed", sorted(CASES, key=lambda packed: packed.case.world_size), ids=str)
+@pytest.mark.parametrize(
+    "packed",
+    [
+        *sorted(CASES, key=lambda packed: packed.case.world_size),
+        *(pytest.param(packed, marks=pytest.mark.slow) for packed in SLOW),
+    ],
+    ids=str,
+)
 def test_a_packed_step_is_the_documents_alone(packed: Packed, documents: list[list[int]], index: Index) -> None:
     assert not worst(packed, documents, windows(index, packed.packing))
 
