@@ -13,6 +13,7 @@ More systems, seeds or evaluations later in the same --out do only what is new.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -37,7 +38,8 @@ TASKS = ("text", "recall", "parity")
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
-    before = signal.signal(signal.SIGTERM, _leave)  # runs under way are asked to save, by the pool
+    stops = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, _leave) for number in stops]  # runs under way are asked to save, by the pool
     try:
         _run(arguments, console)
     except UserError as error:
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         print("compare: interrupted: the same command goes on", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(stops, before, strict=True):
+            signal.signal(number, handler)
     return 0
 
 
@@ -82,13 +85,17 @@ _JOBS = "runs side by side, which share the cores (default: one a core); 1: in t
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
-    for name, value in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs), ("--scale", arguments.scale)):
-        if value <= 0:
-            raise UserError(f"{name} {value}: give a number above 0")
+    for name in ("seeds", "jobs", "scale", "lambada_items", "blimp_pairs"):
+        value = getattr(arguments, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    for name, words in (("--tasks", arguments.tasks), ("--systems", arguments.systems)):
+        if words == []:
+            raise UserError(f"{name}: names nothing: give one, or leave the option out")
     unknown = [task for task in arguments.tasks if task not in TASKS]
     if unknown:
         raise UserError(f"--tasks: there is no {unknown[0]}: choose of {', '.join(TASKS)}")
-    for path in (arguments.lambada, arguments.blimp):
+    for path in (arguments.lambada, arguments.blimp, *_plain(arguments.text)):
         if path is not None and not path.exists():
             raise UserError(f"{path}: no such file: name it, or leave the option out to skip that evaluation")
     out: Path = arguments.out
@@ -132,6 +139,11 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(os.EX_TEMPFAIL)
 
 
+def _plain(texts: list[str] | None) -> list[Path]:
+    """Those that are one file's name: no globs, no URLs."""
+    return [Path(text) for text in texts or [] if not set(text) & set("*?[:")]
+
+
 def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
@@ -141,9 +153,12 @@ def _words(text: str) -> list[str]:
 
 
 def _factors(text: str) -> list[float]:
-    found = [float(word) for word in _words(text)]
-    if not found or min(found) <= 0:
-        raise ValueError("factors above 0")
+    try:
+        found = list(dict.fromkeys(float(word) for word in _words(text)))
+    except ValueError:
+        found = []
+    if not found or not all(0 < factor < math.inf for factor in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of factors above 0: give for example 0.5,1,2")
     return found
 
 

@@ -40,6 +40,7 @@ _COLUMNS = {
     "blimp": ("BLiMP, %", _PERCENT),
     "accuracy": ("accuracy, %", _PERCENT),
     "twice_as_long": ("on twice the length, %", _PERCENT),
+    "steps_to_solve": ("steps to solve", lambda value: f"{value:.0f}"),
 }
 _CURVES = {
     "text": (
@@ -123,10 +124,13 @@ def _about(comparison: Comparison, task: str) -> str:
         if task == "recall"
         else f"Of every prefix of {training.seq_len} bits: is the number of ones even or odd? Scored in the later half."
     )
+    apart = ", though its beginnings are" if task == "parity" else ""
     return html.escape(
-        f"{what} {trained}, made on the spot, every one new. A run passes at {compare_results.SOLVED:.0%} accuracy, or "
-        f"when it is above chance and moved by at most {compare_results.FLAT_ACCURACY:.0%} over the last fifth of the "
-        "steps at full learning rate."
+        f"{what} {trained}, made on the spot; what is scored is set apart and never trained on{apart}. Steps to solve: "
+        f"the first evaluation at {compare_results.SOLVED:.0%} or above, every {training.eval_every} steps, where all "
+        f"runs get there. A run passes at {compare_results.SOLVED:.0%} accuracy, or when it is above "
+        f"chance and moved by at most {compare_results.FLAT_ACCURACY:.0%} over the last fifth of the steps at full "
+        "learning rate."
     )
 
 

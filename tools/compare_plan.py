@@ -11,6 +11,7 @@ from typing import Any
 
 from compare_run import is_done, read_result
 from compare_systems import Matched, match
+from compare_task import make_task
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,10 @@ class Job:
         done = is_done(self.folder, self.evaluations)
         if not (self.folder / "job.json").is_file():
             return False
-        stored = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["config"]
+        try:
+            stored = json.loads((self.folder / "job.json").read_text(encoding="utf-8"))["config"]
+        except ValueError:
+            return False  # cut off while it was written: nothing was begun
         differs = _difference(_of_result(stored), _of_result(self.config.model_dump()))
         if differs and self.measure:
             return False  # measured in a moment
@@ -182,7 +186,17 @@ def load_bases(
                 given.append(f"data.input={json.dumps([str(file) for file in text])}")
         given += [override.removeprefix(task + ".") for override in overrides if override.startswith(task + ".")]
         bases[task] = load_config(path, given)
+        if task != "text":
+            _check_task(task, bases[task].training.seq_len)
     return bases
+
+
+def _check_task(task: str, seq_len: int) -> None:
+    """Its last evaluation is on twice the length: what cannot be made is said before anything is trained."""
+    try:
+        make_task(task, 2 * seq_len, evaluation=True)
+    except UserError as error:
+        raise UserError(f"{task}.training.seq_len {seq_len}: of twice the length: {error}: set it lower") from None
 
 
 def _of_result(tree: dict[str, Any]) -> dict[str, Any]:

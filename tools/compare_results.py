@@ -65,6 +65,10 @@ def rows(comparison: Comparison, task: str) -> list[Row]:
     """Of the systems with a finished run, the ranked ones first. Where several learning rates were tried, each
     system's is the one whose mean is best."""
     key, lower = ("perplexity", True) if task == "text" else ("accuracy", False)
+
+    def order(row: Row) -> tuple[bool, float]:
+        return bool(row.undertrained), row.figures[key].mean * (1 if lower else -1)
+
     found = []
     for system in comparison.systems:
         tried = []
@@ -74,8 +78,8 @@ def rows(comparison: Comparison, task: str) -> list[Row]:
             if done:
                 tried.append(_row(comparison, done))
         if tried:
-            found.append(min(tried, key=lambda row: row.figures[key].mean * (1 if lower else -1)))
-    found.sort(key=lambda row: (bool(row.undertrained), row.figures[key].mean * (1 if lower else -1)))
+            found.append(min(tried, key=order))
+    found.sort(key=order)
     for place, row in enumerate((row for row in found if not row.undertrained), 1):
         row.rank = place
     return found
@@ -102,6 +106,9 @@ def _row(comparison: Comparison, jobs: Sequence[Job]) -> Row:
         row.curves["accuracy"] = _curve([run["evaluation"] for run in metrics], "accuracy")
         row.figures["accuracy"] = figure([result["accuracies"] for result in results])
         row.figures["twice_as_long"] = figure([result["accuracies_twice_as_long"] for result in results])
+        solved = [_first_solved(run) for run in metrics]
+        if None not in solved:
+            row.figures["steps_to_solve"] = figure([[step] for step in solved if step is not None])
     if len(jobs) < comparison.seeds:
         row.undertrained.append(f"{comparison.seeds - len(jobs)} of {comparison.seeds} runs are not there")
     for job, run, result in zip(jobs, metrics, results, strict=True):
@@ -159,6 +166,11 @@ def check(task: str, config: RunConfig, run: dict[str, Any], result: dict[str, A
         return f"accuracy {accuracy:.2f} is that of chance ({chance:.2f})"
     moved = _at(run, "accuracy", full) - _at(run, "accuracy", 0.8 * full)
     return f"accuracy {accuracy:.2f} still moved by {moved:+.2f}" if abs(moved) > FLAT_ACCURACY else ""
+
+
+def _first_solved(run: dict[str, Any]) -> int | None:
+    """The first evaluated step with accuracy ≥ SOLVED."""
+    return next((record["step"] for record in run["evaluation"] if record["accuracy"] >= SOLVED), None)
 
 
 def _at(run: dict[str, Any], key: str, step: float) -> float:

@@ -8,8 +8,11 @@ what is in result.json already is not done again.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,6 +41,7 @@ from sisa_dist.training.trainer import train
 
 _SEQUENCES = 512  # of a task's last evaluation
 _MEASURED = 4  # steps timed
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,12 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print(__doc__)
         return 2
+    _leave_with_the_parent()
     try:
         execute(Path(arguments[0]))
     except UserError as error:
         print(f"compare_run: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _leave_with_the_parent() -> None:
+    """SIGTERM, which saves, when what started this is killed. Linux; elsewhere the run goes on to its end."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def execute(folder: Path) -> None:
@@ -68,14 +79,19 @@ def execute(folder: Path) -> None:
 def is_done(folder: Path, evaluations: dict[str, Any]) -> bool:
     """Whether result.json holds all that is asked for; `evaluations` as in job.json."""
     found = read_result(folder)
-    return bool(found) and all(name in found for name, asked in evaluations.items() if asked["path"] is not None)
+    return bool(found) and not any(_is_asked(found, name, asked) for name, asked in evaluations.items())
+
+
+def _is_asked(found: dict[str, Any], name: str, asked: dict[str, Any]) -> bool:
+    """Whether an evaluation is wanted that is not there, or that was made of another file or of other items."""
+    return asked["path"] is not None and found.get("asked", {}).get(name) != asked
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """{} where there is none yet."""
+    """{} where there is none yet, or none that can be read."""
     try:
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
@@ -152,15 +168,16 @@ def _more(
     """LAMBADA and BLiMP, where a file is given and they are not there yet."""
     seq_len, batch_size = config.training.seq_len, config.evaluation.batch_size
     asked = evaluations["lambada"]
-    if asked["path"] is not None and "lambada" not in result:
+    if _is_asked(result, "lambada", asked):
         passages = read_passages(asked["path"])[: asked["items"]]
         made = [make_example(tokenizer, text, seq_len=seq_len, where=str(line))[0] for line, text in passages]
         result["lambada"] = {"hits": _hits(engine, made, batch_size)}
     asked = evaluations["blimp"]
-    if asked["path"] is not None and "blimp" not in result:
+    if _is_asked(result, "blimp", asked):
         result["blimp"] = blimp(
             engine, tokenizer, asked["path"], pairs=asked["items"], batch_size=batch_size, seq_len=seq_len, quiet=True
         )
+    result["asked"] = evaluations
 
 
 def _hits(engine: Engine, examples: list[Example], batch_size: int) -> list[int]:

@@ -94,6 +94,10 @@ def match(base: RunConfig, name: str) -> Matched:
         return Matched(best, parameters(best), target)
     # From differences at two sizes, so that no mixer has to know its own formula.
     low, high = (parameters(_laid_over(base, keys, d_ff=d_ff)) for d_ff in (8, 16))
+    if high == low:
+        raise UserError(
+            f"{base.name}: no layer of it has an MLP, whose width makes systems equal: leave model.mlp as it is"
+        )
     d_ff = 8 + round((target - low) * 8 / (high - low))
     if d_ff < 1:
         raise UserError(

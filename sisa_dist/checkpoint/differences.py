@@ -15,6 +15,8 @@ from sisa_dist.checkpoint.manifest import read_manifest
 from sisa_dist.checkpoint.state import TrainState
 from sisa_dist.config import ModelConfig, UserError, load_config
 from sisa_dist.config.experts import TRAINING_KEYS
+from sisa_dist.config.mixers import SECTION_DEFAULTS, SECTIONS
+from sisa_dist.config.model import uses
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +37,32 @@ def check_model(checkpoint: Path, model: ModelConfig) -> None:
                 wanted,
             )
         if key not in FUNCTION_KEYS and stored[key] != wanted:
+            leaf, there, here = _first_leaf(f"model.{key}", stored[key], wanted)
             raise UserError(
-                f"{checkpoint}: another model: its model.{key} is {stored[key]!r}, the config says {wanted!r}: set "
-                f"model.{key} to what it is there, or name another checkpoint"
+                f"{checkpoint}: another model: its {leaf} is {there!r}, the config says {here!r}: set {leaf} to what "
+                "it is there, or name another checkpoint"
             )
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
-    """What the model computes from its weights, and which it has."""
-    return model.model_dump(exclude={"moe": set(TRAINING_KEYS)} if model.moe is not None else None)
+    """What the model computes from its weights, and which it has. A section left out is one with its defaults."""
+    tree = model.model_dump()
+    for key in SECTIONS:
+        if key in SECTION_DEFAULTS and uses(model, key):
+            tree[key] = tree[key] or SECTION_DEFAULTS[key]().model_dump()
+    for section, keys in (("moe", TRAINING_KEYS), ("ssm", ("chunk",))):
+        if tree[section] is not None:
+            tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
+    return tree
+
+
+def _first_leaf(key: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """The first key inside a section at which they differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                return _first_leaf(f"{key}.{name}", there.get(name), here.get(name))
+    return key, there, here
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -139,9 +139,10 @@ def _known_keys(where: tuple[Any, ...]) -> list[str]:
         inner: Any = section if section is SourceConfig else section.model_fields[str(part)].annotation
         if part == "mixture":
             inner = SourceConfig  # and again at the source's name
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        found = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not found:
             return []
-        section = inner
+        section = found[0]  # of `X | None`, X
     return list(section.model_fields)
 
 

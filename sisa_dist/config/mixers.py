@@ -99,3 +99,15 @@ class MultipliersConfig(Section):
     head: float = 1.0  # on the logits
     mlp_gate: float = 1.0  # of swiglu: before its silu
     mlp_down: float = 1.0  # of swiglu: on its output
+
+
+# Of a section that is left out.
+SECTION_DEFAULTS: dict[str, type[Section]] = {
+    "ssm": SSMConfig,
+    "mamba": MambaConfig,
+    "mamba3": Mamba3Config,
+    "fox": FoxConfig,
+    "falcon_h1": FalconH1Config,
+    "hymba": HymbaConfig,
+    "sisa": SisaConfig,
+}

@@ -255,6 +255,22 @@ class ModelConfig(Section):
                 raise ValueError(f"{key} is set but no layer's mixer reads it: remove {key}")
         if not self.d_ff and any(mlp != "none" for mlp in self.layer_mlps):
             raise ValueError(f"d_ff is missing and layers have an MLP: set d_ff, for example {4 * self.d_model}")
+        if "hymba" in self.layer_mixers and self.attention_bias == "all":
+            raise ValueError("attention_bias all is of W_O too, and hymba's has none: set it to qkv or none")
+        if set(self.layer_mixers) <= set(WITHOUT_HEADS):
+            for key in ("qk_norm", "attention_bias", "rope_theta", "rotary_fraction", "n_kv_heads"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} is of attention, and no layer has any: remove {key}")
+        if self.meta_tokens and self.moe is not None:
+            # Those that fill up a row depend on the other rows of its batch, and a router would count them.
+            raise ValueError(
+                "moe beside hymba's meta tokens would be balanced by what layout a run has: set "
+                "hymba.meta_tokens to 0, or mlp to swiglu"
+            )
+        if uses(self, "ssm") and not self.ssm_width:
+            raise ValueError(
+                f"ssm.expand {self.state_space.expand} of d_model {self.d_model} gives no channel: set for example 2.0"
+            )
         if self.ssm_width % self.ssm_head_dim:
             raise ValueError(
                 f"ssm: {self.ssm_width} channels are not a multiple of its head_dim {self.state_space.head_dim}: set "

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
+from sisa_dist.config.mixers import MultipliersConfig
 from sisa_dist.convert.recipe import Recipe
 from sisa_dist.model import build_model
 
@@ -112,7 +113,13 @@ def model_of(values: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 def refuse(family: str, model: ModelConfig, **wanted: Any) -> None:
     """Raises UserError naming the first key of `model` that is not as a model of `family` must be."""
-    for key, value in ({"multipliers": None} | wanted).items():
+    if set(model.layer_ffns) != {"sequential"}:
+        raise UserError(f"model.ffn is {model.ffn!r} and a {family} model has 'sequential': no such export")
+    if model.ssmax is not None:
+        raise UserError(f"model.ssmax has no place in a {family} model: export to consolidated safetensors")
+    if "multipliers" not in wanted and model.multiplier_options != MultipliersConfig():
+        raise UserError(f"model.multipliers have no place in a {family} model: no such export")
+    for key, value in wanted.items():
         if getattr(model, key) != value:
             raise UserError(
                 f"model.{key} is {getattr(model, key)!r} and a {family} model has {value!r}: no such export"
@@ -127,8 +134,6 @@ def refuse_mixers(family: str, model: ModelConfig) -> None:
         raise UserError(
             f"model.mixer has {mixer} layers and a {family} model has none: export to consolidated safetensors"
         )
-    if model.ssmax is not None:
-        raise UserError(f"model.ssmax has no place in a {family} model: export to consolidated safetensors")
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, torch.Size]:

@@ -147,6 +147,8 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:
     if model.moe is None:
         return {"num_experts": 1, "num_experts_per_tok": 1}
+    if model.experts == 1:
+        raise UserError("model.moe.experts is 1, and a Jamba model then has a plain MLP: no such export")
     for key, wanted in (("shared", 0), ("scores", "softmax"), ("normalise_top_k", False)):
         if getattr(model.moe, key) != wanted:
             raise UserError(

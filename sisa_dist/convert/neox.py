@@ -79,7 +79,6 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
     """
     refuse_mixers("GPT-NeoX", model)
     refuse("GPT-NeoX", model, norm="layernorm", mlp="gelu", mlp_bias=True, qk_norm=False, kv_heads=model.n_heads)
-    refuse("GPT-NeoX", model, ffn="sequential")
     refuse("GPT-NeoX", model, attention_bias="all" if model.output_bias else "none")
     if model.width_per_head * model.n_heads != model.d_model:
         raise UserError(f"model.head_dim {model.head_dim} × n_heads {model.n_heads} is not d_model {model.d_model}")

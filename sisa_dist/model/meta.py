@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sisa_dist.config import UserError
 
@@ -33,7 +34,8 @@ def with_meta_tokens(tokens_BT: Tensor, doc_ids_BT: Tensor | None, *, count: int
     starts = torch.ones_like(doc_ids_BT)
     starts[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
     number_BT = starts.cumsum(1)  # of the document, from 1
-    most = int(number_BT[:, -1].max())
+    # On fake tensors, whose values nobody knows, a row is one document.
+    most = 1 if isinstance(number_BT, FakeTensor) else int(number_BT[:, -1].max())
     filling_B1 = count * (most - number_BT[:, -1:])
     index = torch.arange(T, device=tokens_BT.device) + count * number_BT + filling_B1
     total = T + count * most

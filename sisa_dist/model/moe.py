@@ -24,6 +24,7 @@ from sisa_dist.model.init import Constant, Init, Normal
 from sisa_dist.model.mlp import SwiGLU
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.ops.experts import arrange, check_backend, combine, dispatch, grouped_matmul
+from sisa_dist.ops.precision import no_autocast
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Router(nn.Module):
             self.register_buffer("bias", torch.empty(config.experts))
 
     def forward(self, x_BTD: Tensor) -> Choice:
-        logits_BTE = F.linear(at_least_fp32(x_BTD), at_least_fp32(self.weight))
+        with no_autocast(x_BTD.device):
+            logits_BTE = F.linear(at_least_fp32(x_BTD), at_least_fp32(self.weight))
         settings = self.settings
         if settings.scores == "softmax":
             share_BTE = score_BTE = logits_BTE.softmax(-1)
@@ -87,7 +89,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """down[e](silu(gate[e](x)) · up[e](x)) of the experts here, weighted and summed for each token."""
+    """down[e](silu(gate[e](x)) · up[e](x)) of the experts here, weighted and summed for each token: [B·T, D].
+
+    Flat, because FSDP, of which experts over data ranks are a unit, warns of modules that return a view.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -107,7 +112,7 @@ class Experts(nn.Module):
         share = self.share
         rows = arrange(expert_BTK.flatten(0, 1), first=share.first, count=share.count, total=share.total)
         y_MD = self.compute(dispatch(x_BTD.flatten(0, 1), rows), rows.ends_E)
-        return combine(y_MD, weight_BTK.flatten(0, 1), rows).view_as(x_BTD)
+        return combine(y_MD, weight_BTK.flatten(0, 1), rows)
 
     def compute(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
         """[M, D]: rows ends[e−1]..ends[e]−1 through the expert e of those held here."""
@@ -128,7 +133,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         choice = self.router(x_BTD)
-        y_BTD = self.experts(x_BTD, choice.expert_BTK, choice.weight_BTK)
+        y_BTD = self.experts(x_BTD, choice.expert_BTK, choice.weight_BTK).view_as(x_BTD)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return self.total(y_BTD), self._routing(choice)

@@ -7,7 +7,7 @@ Every exponent is a sum of a's over the very tokens it spans, never a difference
 overflows at any decay, no precision goes with length, and a document's numbers and gradients hold none of another's.
 
 Differentiated by autograd. Kept for the backward, a head: three [chunk, chunk] matrices a chunk in fp32 (the decays,
-C·B, their product; C·B a group), so 3·chunk numbers a token, and one state a chunk. All products are in fp32, which
+C·B, their product; C·B a group), so 3·chunk numbers a token, and two states a chunk. All products are in fp32, which
 costs a GPU its 16-bit tensor cores: there is no kernel here. Nothing of gates, convolutions or discretisation either.
 """
 

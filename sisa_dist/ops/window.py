@@ -147,6 +147,8 @@ class WindowCache:
         start = self.length - self._last[0].shape[2]  # of what is still there
         far = min(start, self._first[0].shape[2])
         (first_k, first_v), (last_k, last_v) = self._first, self._last
+        if len(k) != len(last_k):
+            raise UserError(f"cache: a chunk of {len(k)} rows does not continue {len(last_k)}: start a new cache")
         recent_k, recent_v = torch.cat((last_k, k), dim=2), torch.cat((last_v, v), dim=2)
         keys, values = torch.cat((first_k[:, :, :far], recent_k), 2), torch.cat((first_v[:, :, :far], recent_v), 2)
         token = torch.arange(self.length + k.shape[2], device=q.device)

@@ -41,7 +41,7 @@ class ExchangedExperts(Experts):
         x_MD = collectives.exchange(x_CD, group, sent=traffic.sent, received=traffic.received)
         y_MD = self._serve(x_MD, traffic.expert_M, here)
         y_CD = collectives.exchange(y_MD, group, sent=traffic.received, received=traffic.sent)
-        return combine(y_CD, weight_BTK.flatten(0, 1), ours).view_as(x_BTD)
+        return combine(y_CD, weight_BTK.flatten(0, 1), ours)
 
     def _serve(self, x_MD: Tensor, expert_M: Tensor, here: int) -> Tensor:
         """[M, D] → [M, D]: each row through the one of the experts here that it came for."""

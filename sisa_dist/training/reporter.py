@@ -17,6 +17,12 @@ from sisa_dist.training.console import Console
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 
 COLLAPSED = 0.01  # of its fair share of tokens: an expert with less learns next to nothing
+# By model.moe.balance: what presses harder.
+_REMEDIES = {
+    "loss": "raise model.moe.balance_weight",
+    "bias": "raise model.moe.bias_rate",
+    "none": "set model.moe.balance to loss or bias",
+}
 
 
 class Reporter:
@@ -33,6 +39,7 @@ class Reporter:
         self._metrics = Metrics(run_folder, config, step=state.step)
         self._digests = self._metrics.dropped_digests if same and state.step else {}
         self._shares = config.data.shares
+        self._balance = config.model.moe.balance if config.model.moe is not None else "none"
         self._skips_missing = config.data.on_missing == "skip"
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
 
@@ -104,7 +111,7 @@ class Reporter:
             self._console.note(
                 state.step,
                 f"warning: expert {expert} of layer {layer} got {share:.2%} of its fair share of tokens{others}: "
-                "routing collapses; raise model.moe.balance_weight or bias_rate, or lower optimizer.lr",
+                f"routing collapses; {_REMEDIES[self._balance]}, or lower optimizer.lr",
             )
 
     def evaluation(self, state: TrainState, losses: dict[str, float]) -> None:

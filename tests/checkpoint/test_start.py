@@ -11,7 +11,7 @@ import torch
 from data_pipeline.prepare import prepare
 from runs import losses, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import RunConfig, UserError, parse_config
 from sisa_dist.training.trainer import train
 
 
@@ -92,3 +92,20 @@ def test_another_model_tokenizer_or_data_set_is_named(tiny: RunConfig, tmp_path:
     train(_with(tiny, tmp_path / "stage", start={"weights": run}, data=same), quiet=True)
     with pytest.raises(UserError, match="no checkpoint here"):
         train(_with(tiny, tmp_path / "x", start={"weights": str(tmp_path)}), quiet=True)
+
+
+def test_speed_and_defaults_of_a_section_make_no_other_model(tiny: RunConfig, tmp_path: Path) -> None:
+    """And of what does the key is named, not the section."""
+
+    def run(name: str, *, start: bool = True, **ssm: int) -> None:
+        tree = tiny.model_dump()
+        tree["model"] |= {"mixer": "mamba2", "d_s": None, "ssm": {"d_state": 8, "head_dim": 8} | ssm}
+        tree["training"]["steps"] = 2
+        tree |= {"output_dir": str(tmp_path / name), "start": {"weights": str(tmp_path / "first") if start else None}}
+        train(parse_config(tree, source=name), quiet=True)
+
+    run("first", start=False)
+    run("chunks", chunk=16)
+    run("default", conv=4)
+    with pytest.raises(UserError, match=r"its model\.ssm\.d_state is 8, the config says 16"):
+        run("other", d_state=16)

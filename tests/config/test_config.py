@@ -99,6 +99,22 @@ def test_extends_lays_one_file_over_another_and_only_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["moe.experts=4", "moe.topk=2"], "model.moe.topk: unknown key; did you mean top_k?"),
+        (["mixer=mamba", "ssm.expand=0.001"], "ssm.expand 0.001 of d_model 256 gives no channel"),
+        (["mixer=mamba2", "qk_norm=true"], "qk_norm is of attention, and no layer has any"),
+        (["mixer=hymba", "attention_bias=all"], "set it to qkv or none"),
+        (["mixer=hymba", "mlp=moe", "moe.experts=4"], "set hymba.meta_tokens to 0, or mlp to"),
+    ],
+)
+def test_a_mistake_in_a_mixers_section_is_one_too(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(QUICKSTART, ["model.d_s=null", *(f"model.{override}" for override in overrides)])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("a: 1\na: 2\n", "line 2: a is given twice"),

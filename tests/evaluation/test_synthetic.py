@@ -44,11 +44,19 @@ def test_recall_asks_for_keys_and_shows_no_answer(task: Recall) -> None:
 
 
 def test_parity_is_that_of_the_prefix() -> None:
-    batch = Parity(seq_len=12, asked_from=4).batch(0, 64, seed=0)
+    batch = Parity(seq_len=12, asked_from=4).batch(0, 512, seed=0)
     for bits, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
         for t, label in enumerate(labels):
             assert label == (IGNORE if t < 4 else ODD if sum(bits[: t + 1]) % 2 else EVEN)
     assert 0.4 < (batch.labels[:, -1] == ODD).float().mean() < 0.6
+
+
+def test_no_held_out_sequence_of_parity_is_trained_on() -> None:
+    task = Parity(seq_len=16)
+    seen = {tuple(row) for n in range(100) for row in task.batch(n, 64, seed=3).tokens.tolist()}
+    held_out = {tuple(row) for row in task.batch(0, 512, seed=0, held_out=True).tokens.tolist()}
+    assert len(seen) > 5000 and len(held_out) > 450 and not seen & held_out
+    assert 0.4 < sum(sum(row) % 2 for row in held_out) / len(held_out) < 0.6
 
 
 def test_accuracy_is_a_share_of_each_sequences_own_labels() -> None:

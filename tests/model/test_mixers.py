@@ -5,6 +5,8 @@ That packed documents stay apart is tests/model/test_document_isolation.py's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from mixer_cases import (
     mixers_of,
     model_of,
 )
-from sisa_dist.config import AttentionConfig
+from sisa_dist.config import AttentionConfig, UserError
 from sisa_dist.model import LM, build_model
 from sisa_dist.model.mixers import MIXERS
 from sisa_dist.model.mixers.hymba import keys_per_query
@@ -63,6 +65,49 @@ def test_decoding_in_any_chunks_is_the_full_run(
             parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
             assert all(layer.length == 37 + model.config.meta_tokens for layer in cache)
             assert (torch.cat(parts, 1) - full).abs().max() < tolerance * full.abs().max()
+
+
+RECURRENT = ("mamba", "mamba2", "mamba3")
+
+
+def held_bytes(cache: Any) -> int:
+    """Of the storages behind every tensor that the objects hold, however deep."""
+    seen: dict[int, int] = {}
+
+    def walk(held: Any) -> None:
+        if isinstance(held, Tensor):
+            assert not held.requires_grad, "a cache that holds on to a graph grows with every token"
+            seen[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        elif isinstance(held, (list, tuple, dict)):
+            for each in held.values() if isinstance(held, dict) else held:
+                walk(each)
+        elif hasattr(held, "__dict__"):
+            walk(vars(held))
+
+    walk(cache)
+    return sum(seen.values())
+
+
+@every_mixer
+def test_a_cache_holds_no_graph_and_recurrent_ones_no_text(name: str) -> None:
+    model, sizes = model_of(name), []
+    for length in (16, 160):
+        cache = model.new_cache()
+        model(tokens_of(1, length), cache=cache)
+        sizes.append(held_bytes(cache))
+        model(tokens_of(1, 1), cache=cache)
+        assert held_bytes(cache) > 0
+    assert sizes[0] == sizes[1] if set(mixers_of(name)) <= set(RECURRENT) else sizes[0] < sizes[1]
+
+
+@every_mixer
+def test_a_cache_refuses_another_batch(name: str) -> None:
+    for first, second in ((2, 1), (1, 2)):
+        model = model_of(name)
+        cache = model.new_cache()
+        model(tokens_of(first, 9), cache=cache)
+        with pytest.raises(UserError, match="start a new cache"):
+            model(tokens_of(second, 1), cache=cache)
 
 
 @every_mixer

@@ -17,6 +17,7 @@ import pytest
 import torch
 from compare_plan import Comparison, load_bases
 from compare_results import check
+from compare_run import is_done
 from compare_systems import TOLERANCE, VARIANTS, choose, match, missing, parameters, systems
 from compare_task import accuracy_of, make_task, train_task
 from rich.console import Console
@@ -25,6 +26,7 @@ from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.config.mixers import MIXER_NAMES
 from sisa_dist.engine import build_engine
+from sisa_dist.evaluation.harness import write_results
 from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.signals import Requeue
@@ -111,6 +113,7 @@ def test_end_to_end_killed_and_run_again(
     assert "2 of 6 runs are left" in capsys.readouterr().out
     for name in first[:2]:
         result, old = json.loads((out / name / "result.json").read_bytes()), json.loads(before[name])
+        assert result.pop("asked")["lambada"]["path"] == str(lambada) and old.pop("asked")["lambada"]["path"] is None
         assert len(result.pop("lambada")["hits"]) == 2 and len(result.pop("blimp")["hits"]) == 3
         assert result == old and [found["step"] for found in old["niah"]] == [2, 4]
         assert len(list_checkpoints(out / name)) == 1
@@ -230,6 +233,15 @@ def test_names_that_are_not_there() -> None:
         (["--seeds", "0"], "--seeds 0"),
         (["--set", "training.steps=1"], "begins with a task"),
         (["--lambada", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["--scale", "nan"], "--scale nan: give a number above 0"),
+        (["--lambada-items", "0"], "--lambada-items 0"),
+        (["--systems", ""], "--systems: names nothing"),
+        (["--text", "absent.txt"], "absent.txt: no such file"),
+        (
+            ["--set", "recall.training.seq_len=60", "--set", "recall.training.global_batch_tokens=3840"],
+            "recall.training.seq_len 60: of twice the length",
+        ),
+        (["--set", "recall.model.mlp=none", "--tasks", "recall"], "leave model.mlp as it is"),
         (["--set", "recall.model.d_ff=1", "--tasks", "recall", "--systems", "sisa"], "raise model.d_ff"),
     ],
 )
@@ -238,6 +250,22 @@ def test_what_cannot_be_is_said(
 ) -> None:
     assert compare.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_evaluation_of_other_items_is_made_again(tmp_path: Path) -> None:
+    asked = {"lambada": {"path": "a.jsonl", "items": 300}, "blimp": {"path": None, "items": 10}}
+    write_results(tmp_path / "result.json", {"lambada": {"hits": [1]}, "asked": asked})
+    assert is_done(tmp_path, asked)
+    for change in ({"items": 5000}, {"path": "b.jsonl"}):
+        assert not is_done(tmp_path, asked | {"lambada": asked["lambada"] | change})
+    (tmp_path / "result.json").write_text('{"lambada"')
+    assert not is_done(tmp_path, asked)
+
+
+def test_the_same_factor_twice_is_one_run() -> None:
+    assert compare._parser().parse_args(["--lr", "1,1.0,0.5"]).lr == [1.0, 0.5]
+    with pytest.raises(SystemExit):
+        compare._parser().parse_args(["--lr", "abc"])
 
 
 def test_learning_rates_are_runs_of_their_own(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_loads_are_logged_and_count_every_choice(tiny: RunConfig, tmp_path: Path
 def test_a_collapse_is_one_line_that_names_layer_and_expert(tiny: RunConfig, tmp_path: Path) -> None:
     told: list[str] = []
     reporter = object.__new__(Reporter)
+    reporter._balance = "bias"
     reporter._metrics = type("M", (), {"write": lambda *a, **k: None})()  # type: ignore[assignment]
     reporter._console = type("C", (), {"note": lambda self, step, text: told.append(text)})()  # type: ignore
     state: Any = type("S", (), {"step": 7})()
@@ -63,6 +64,7 @@ def test_a_collapse_is_one_line_that_names_layer_and_expert(tiny: RunConfig, tmp
     reporter.experts(state, ExpertLoad([1, 3], [[100, 101], [1000, 2]], [1.0, 1.0], [0.0, 0.0]))
     (line,) = told
     assert line.startswith("warning: expert 1 of layer 3 got 0.40% of its fair share") and "\n" not in line
+    assert "raise model.moe.bias_rate, or lower" in line
 
 
 def _train_on(config: RunConfig) -> None:

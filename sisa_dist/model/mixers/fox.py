@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sisa_dist.config import AttentionConfig, FoxConfig, ModelConfig
+from sisa_dist.config import AttentionConfig, FoxConfig, ModelConfig, UserError
 from sisa_dist.model.init import Constant, Init, Normal
 from sisa_dist.model.mixers.attention import attention_multiply_adds, merge_heads, qk_norms, split_heads
 from sisa_dist.model.mixers.base import Cache, Mixer
@@ -135,13 +135,15 @@ class FoX(Mixer):
         """a_t z_{t−1} + (1 − a_t) z_t, mixed in fp32, in z's dtype."""
         z = at_least_fp32(z_BHTK)
         first = torch.zeros_like(z[:, :, :1]) if cache is None or not cache.length else cache.unshifted[name]
+        if len(first) != len(z):
+            raise UserError(f"cache: a chunk of {len(z)} rows does not continue {len(first)}: start a new cache")
         before = torch.cat((first, z[:, :, :-1]), dim=2)
         ids = doc_ids if cache is None else cache.documents(doc_ids)  # of the tokens held too
         if ids is not None:
             begins_BT = F.pad(ids.diff(dim=1) != 0, (1, 0), value=True)[:, -z.shape[2] :]
             before = before.masked_fill(begins_BT[:, None, :, None], 0.0)
         if cache is not None:
-            cache.unshifted[name] = z[:, :, -1:].clone()
+            cache.unshifted[name] = z[:, :, -1:].detach().clone()
         return torch.lerp(z, before, torch.sigmoid(at_least_fp32(mix_BTH)).transpose(1, 2)[..., None]).to(z_BHTK.dtype)
 
 

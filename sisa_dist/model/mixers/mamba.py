@@ -98,7 +98,7 @@ class Mamba(Mixer):
     ) -> Tensor:
         assert cache is None or isinstance(cache, MambaCache)
         z_BTD = self.wz(x_BTD)
-        new_B = None if cache is None else cache.advance(x_BTD.shape[1], doc_ids)
+        new_B = None if cache is None else cache.advance(x_BTD, x_BTD.shape[1], doc_ids)
         before = None if cache is None else emptied(cache.before, new_B)
         channels_BTD, before = self.conv_x(self.wx(x_BTD), doc_ids, before)
         dt_BTR, B_BTN, C_BTN = self.wselect(channels_BTD).split(self.widths, dim=-1)

@@ -56,7 +56,7 @@ class CausalConv(nn.Module):
                 foreign_BT = ids[:, reach:] != ids[:, reach - back : reach - back + T]
                 earlier_BTD = earlier_BTD.masked_fill(foreign_BT[..., None], 0.0)
             y_BTD = y_BTD + self.weight[:, -1 - back] * earlier_BTD
-        before_BkD = all_BTD[:, T:]
+        before_BkD = all_BTD[:, T:].detach().clone()  # a view would hold on to the whole chunk, and to its graph
         if ids is not None:
             before_BkD = before_BkD.masked_fill((ids[:, T:] != ids[:, -1:])[..., None], 0.0)
         return F.silu(y_BTD).to(x_BTD.dtype), before_BkD
@@ -161,7 +161,7 @@ class Mamba2(Mixer):
         by_z, by_x, by_B, by_C, by_dt = self.multipliers
         z_BTD = scaled(self.wz(x_BTD), by_z)
         delta_BHT, log_decay_BHT = self.rates(scaled(self.wdt(x_BTD), by_dt))
-        new_B = None if cache is None else cache.advance(x_BTD.shape[1], doc_ids)
+        new_B = None if cache is None else cache.advance(x_BTD, x_BTD.shape[1], doc_ids)
         before = [None] * 3 if cache is None else [emptied(x, new_B) for x in cache.before]
         channels_BTD, before_x = self.conv_x(scaled(self.wx(x_BTD), by_x), doc_ids, before[0])
         B_BTD, before_B = self.conv_B(scaled(self.wB(x_BTD), by_B), doc_ids, before[1])

@@ -114,7 +114,7 @@ class Mamba3Cache(RecurrentCache):
         """Φ of further tokens. It is never reset: only its differences within a document are used."""
         phase = theta_BHTm.cumsum(2, dtype=torch.float64)
         phase = (phase if self.phase is None else phase + self.phase).remainder(2 * math.pi)
-        self.phase = phase[:, :, -1:]
+        self.phase = phase[:, :, -1:].detach().clone()  # a view would hold on to the whole chunk, and to its graph
         return phase.to(theta_BHTm.dtype)
 
 
@@ -159,6 +159,7 @@ class Mamba3(Mixer):
         self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         assert cache is None or isinstance(cache, Mamba3Cache)
+        new_B = None if cache is None else cache.advance(x_BTD, x_BTD.shape[1], doc_ids)
         delta_BHT, log_decay_BHT, lam_BHT = self.rates(self.wdt(x_BTD), self.wA(x_BTD), self.wtrap(x_BTD))
         angle_B1Tm = math.pi * at_least_fp32(self.wangle(x_BTD)).tanh()[:, None]
         theta_BHTm = angle_B1Tm * delta_BHT[..., None]
@@ -182,7 +183,7 @@ class Mamba3(Mixer):
                 doc_ids=doc_ids,
             )
         else:
-            y_BHRP = self._continued(x_BHRP, log_decay_BHT, B_BHRN, C_BHRN, own_BHT, carried_BHT, doc_ids, cache)
+            y_BHRP = self._continued(x_BHRP, log_decay_BHT, B_BHRN, C_BHRN, own_BHT, carried_BHT, doc_ids, new_B, cache)
         y_BHRP = (y_BHRP + self.skip(x_BHRP)) * gate_BHRP
         if self.mimo is not None:
             y_BHRP = y_BHRP.unflatten(2, (-1, self.rank)).sum(3)
@@ -207,6 +208,7 @@ class Mamba3(Mixer):
         own_BHT: Tensor,
         carried_BHT: Tensor,
         doc_ids: Tensor | None,
+        new_B: Tensor | None,
         cache: Mamba3Cache,
     ) -> Tensor:
         """As the recurrence has it: what the last token seen still gives enters the state with the first of these."""
@@ -214,9 +216,7 @@ class Mamba3(Mixer):
         if cache.last is not None and state is not None:
             B_last, x_last = cache.last
             late = B_last.mT @ x_last.to(B_last.dtype) * carried_BHT[:, :, :1, None]
-            state = emptied(state + late.to(state.dtype), cache.advance(T, doc_ids))
-        else:
-            cache.advance(T, doc_ids)
+            state = emptied(state + late.to(state.dtype), new_B)
         y, cache.state = continued(
             *(x, log_decay_BHT, B, C, own_BHT + following(carried_BHT, doc_ids)),
             state=state,
@@ -225,7 +225,7 @@ class Mamba3(Mixer):
             doc_ids=doc_ids,
             diagonal=None if T == 1 else own_BHT,
         )
-        cache.last = B[:, :, -self.rank :], x[:, :, -self.rank :]
+        cache.last = B[:, :, -self.rank :].detach().clone(), x[:, :, -self.rank :].detach().clone()
         return y
 
 

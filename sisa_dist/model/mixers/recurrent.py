@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sisa_dist.config import UserError
 from sisa_dist.ops import held_and_coming
 
 
@@ -15,14 +16,19 @@ class RecurrentCache:
 
     def __init__(self) -> None:
         self.length = 0
+        self._rows: int | None = None
         self._doc_ids_BT: Tensor | None = None
 
     def documents(self, doc_ids_Bt: Tensor | None) -> Tensor | None:
         """As `held_and_coming` has it."""
         return held_and_coming(self._doc_ids_BT, doc_ids_Bt, length=self.length)
 
-    def advance(self, tokens: int, doc_ids_Bt: Tensor | None) -> Tensor | None:
-        """Counts a chunk. Rows, bool [B], in which it does not go on with the document held; None where all do."""
+    def advance(self, chunk: Tensor, tokens: int, doc_ids_Bt: Tensor | None) -> Tensor | None:
+        """Counts a chunk [B, …] of so many tokens. Rows, bool [B], in which it does not go on with the document held;
+        None where all do. Raises UserError where it is of another batch."""
+        if self._rows not in (None, len(chunk)):
+            raise UserError(f"cache: a chunk of {len(chunk)} rows does not continue {self._rows}: start a new cache")
+        self._rows = len(chunk)
         held, self._doc_ids_BT = self._doc_ids_BT, self.documents(doc_ids_Bt)
         self.length += tokens
         return None if held is None or doc_ids_Bt is None else held[:, -1] != doc_ids_Bt[:, 0]
