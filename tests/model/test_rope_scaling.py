@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -77,9 +78,9 @@ def test_frequencies_and_temperature_are_those_of_transformers(
         got = frequencies(channels, theta, scaling, length=length, device=CPU)
         assert got.shape == (channels // 2,) and got.dtype == torch.float64
         wanted, factor = their_table(said, theta, width, fraction, length)
-        # Of a ramp they form differences in fp32 and a factor of 40 magnifies the error: to 1.3e-6 somewhere here.
-        rounding = 2e-6 if said["rope_type"] in ("yarn", "llama3") else 1e-6
-        torch.testing.assert_close(got, wanted.double(), rtol=rounding, atol=0.0, msg=lambda m: f"{said}: {m}")
+        # Of a ramp they form differences in fp32 and a factor of 40 magnifies the error: to 2.1e-6 somewhere here.
+        rounding = 3e-6 if said["rope_type"] in ("yarn", "llama3") else 1e-6
+        torch.testing.assert_close(got, wanted.double(), rtol=rounding, atol=0.0, msg=partial("{}: {}".format, said))
         assert attention_factor(scaling) == pytest.approx(factor, rel=1e-15)
         if said["rope_type"] != "longrope":  # one cast of theirs is a method
             with mock.patch.object(utils, "torch", exact):
