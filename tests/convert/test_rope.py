@@ -134,7 +134,8 @@ def test_exported_sisa_models_turn_as_ours_do(kind: str) -> None:
     assert (plain(tokens) - model(tokens)).abs().max() > 1e-2
     if config.rope_scaling is not None and not config.rope_scaling.goes_by_length:
         made = torch.stack(list(generate(model, tokens[:, :12], max_new_tokens=20)), 1)
-        found = twin.generate(tokens[:, :12], max_new_tokens=20, do_sample=False, pad_token_id=0)
+        prompt = dict(inputs=tokens[:, :12], attention_mask=torch.ones(2, 12), pad_token_id=0)  # a 0 is no padding
+        found = twin.generate(**prompt, max_new_tokens=20, do_sample=False)
         assert torch.equal(found[:, 12:], made)
     again = SisaConfig(**twin.config.to_dict())
     assert again.rope_parameters == twin.config.rope_parameters and again.rope_theta == twin.config.rope_theta
