@@ -71,6 +71,6 @@ def test_what_the_rest_of_the_model_has_no_place_for(overrides: list[str], said:
 
 
 def _with(said: dict[str, Any], overrides: list[str] | None = None) -> Any:
-    config = load_config(QUICKSTART, overrides).model_dump(mode="json")
+    config = load_config(QUICKSTART, overrides or []).model_dump(mode="json")
     config["model"]["rope_scaling"] = said
     return parse_config(config, source="test")
