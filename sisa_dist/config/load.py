@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sisa_dist.config.data import SourceConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.schema import RunConfig
+from sisa_dist.config.section import Section
 
 
 class _Loader(yaml.SafeLoader):
@@ -139,6 +140,7 @@ def _known_keys(where: tuple[Any, ...]) -> list[str]:
         inner: Any = section if section is SourceConfig else section.model_fields[str(part)].annotation
         if part == "mixture":
             inner = SourceConfig  # and again at the source's name
+        inner = next((kind for kind in get_args(inner) if isinstance(kind, type) and issubclass(kind, Section)), inner)
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         section = inner
