@@ -21,7 +21,7 @@ from sisa_dist.config.model import uses
 _log = logging.getLogger(__name__)
 
 # Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them, and it is said.
-FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_theta")
+FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_scaling", "rope_theta")
 
 
 def check_model(checkpoint: Path, model: ModelConfig) -> None:

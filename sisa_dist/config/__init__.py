@@ -6,6 +6,7 @@ from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
 from sisa_dist.config.mixers import FoxConfig
 from sisa_dist.config.model import ModelConfig
+from sisa_dist.config.rope import RopeScalingConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
     EngineConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",

@@ -12,17 +12,17 @@ MixerName = Literal["sisa", "attention", "falcon_h1", "fox", "hymba", "mamba", "
 
 # Each mixer, and the keys of `model:` that only some mixers read.
 MIXER_NAMES: dict[str, tuple[str, ...]] = {
-    "sisa": ("d_s", "log_alpha_min", "sisa", "ssmax"),
-    "attention": ("ssmax",),
+    "sisa": ("d_s", "log_alpha_min", "rope_scaling", "sisa", "ssmax"),
+    "attention": ("rope_scaling", "ssmax"),
     "fox": ("fox",),
-    "sigmoid_sisa": ("d_s", "log_alpha_min", "sisa"),
-    "falcon_h1": ("ssm", "falcon_h1"),
-    "hymba": ("ssm", "mamba", "hymba"),
+    "sigmoid_sisa": ("d_s", "log_alpha_min", "rope_scaling", "sisa"),
+    "falcon_h1": ("rope_scaling", "ssm", "falcon_h1"),
+    "hymba": ("rope_scaling", "ssm", "mamba", "hymba"),
     "mamba": ("ssm", "mamba"),
     "mamba2": ("ssm",),
     "mamba3": ("ssm", "mamba3"),
 }
-SECTIONS = ("ssm", "mamba", "mamba3", "fox", "falcon_h1", "hymba", "sisa", "ssmax")
+SECTIONS = ("ssm", "mamba", "mamba3", "fox", "falcon_h1", "hymba", "rope_scaling", "sisa", "ssmax")
 WITH_CONV = ("mamba", "mamba2", "falcon_h1", "hymba")  # of the mixers with a state-space model
 # Those whose decay is one a head of ssm.head_dim channels; without any, a channel is a head by itself.
 WITH_SSM_HEADS = ("mamba2", "mamba3", "falcon_h1")

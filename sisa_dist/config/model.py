@@ -27,6 +27,7 @@ from sisa_dist.config.mixers import (
     SisaConfig,
     SSMConfig,
 )
+from sisa_dist.config.rope import RopeScalingConfig
 from sisa_dist.config.section import Section
 
 MLPName = Literal["swiglu", "gelu", "moe", "none"]
@@ -48,6 +49,7 @@ class ModelConfig(Section):
     d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None  # None: every frequency as rope_theta has it
     rotary_fraction: float = Field(default=1.0, ge=0.0, le=1.0)  # of a head's channels, from the first: these turn
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # of the residual stream
     norm_eps: PositiveFloat = 1e-6
@@ -233,6 +235,8 @@ class ModelConfig(Section):
                 f"rotary_fraction {self.rotary_fraction} of head_dim {self.width_per_head} is {self.rotary_channels} "
                 f"channels and RoPE turns pairs: set it for example to {2 / self.width_per_head:g} or 1.0"
             )
+        if self.rope_scaling is not None and uses(self, "rope_scaling"):
+            self.rope_scaling.check_channels(self.rotary_channels, self.rope_theta)
         if self.n_heads % self.kv_heads:
             good = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ValueError(f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}: set one of {good}")

@@ -14,6 +14,7 @@ from sisa_dist.convert.families import Fields, parameter_shapes, refuse, renamed
 from sisa_dist.convert.fused import cut, joined
 from sisa_dist.convert.mamba2 import refuse_limit
 from sisa_dist.convert.recipe import Recipe
+from sisa_dist.convert.rope import read_rope, write_rope
 
 MODEL_TYPES = ("falcon_h1",)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # a tied one may be stored too
@@ -72,7 +73,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
             f"config.json: mamba_n_heads {ssm_heads} × mamba_d_head {said or 'auto'} is not the {channels} channels of "
             "mamba_d_ssm: fetch the file again"
         )
-    theta, fraction = fields.rope(theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
+    rope = read_rope(fields, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
     kv_heads = fields.get("num_key_value_heads", heads if "num_key_value_heads" in fields else 8)
     head_dim = fields.get("head_dim", None, int)
     norm = "before_gate" if fields.get("mamba_norm_before_gate", True) else "after_gate"
@@ -91,8 +92,9 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         head_dim=None if head_dim is None or head_dim * heads == width else head_dim,
         d_ff=fields.need("intermediate_size"),
         mixer="falcon_h1",
-        rope_theta=theta,
-        rotary_fraction=fraction,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rotary_fraction=rope.fraction,
         norm_eps=fields.get("rms_norm_eps", 1e-5),
         attention_bias="all" if fields.get("attention_bias", False) else "none",
         mlp_bias=fields.get("mlp_bias", False),
@@ -134,8 +136,7 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.width_per_head,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "rope_theta": model.rope_theta,
+        **write_rope(model),
         "mamba_d_ssm": model.ssm_width,
         "mamba_n_heads": model.ssm_heads,
         "mamba_d_head": ssm.head_dim,

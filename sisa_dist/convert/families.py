@@ -40,14 +40,15 @@ class Fields:
         value = self._config.get(key)
         if value is None:
             raise UserError(f"config.json: {key} is missing: is this a whole {self.family} config?")
-        return self._checked(key, value, kind)
+        return self.checked(key, value, kind)
 
     def get(self, key: str, default: Any, kind: type | None = None) -> Any:
         """`default` is transformers' own for an absent or null key; the value is of its kind, or of `kind`."""
         value = self._config.get(key)
-        return default if value is None else self._checked(key, value, kind or type(default))
+        return default if value is None else self.checked(key, value, kind or type(default))
 
-    def _checked(self, key: str, value: Any, kind: type) -> Any:
+    def checked(self, key: str, value: Any, kind: type) -> Any:
+        """`value`, if it is of its kind."""
         what, fits = _KINDS[kind]
         if not fits(value):
             raise UserError(f"config.json: {key} is {value!r} and must be {what}: mend it, or fetch the file again")
@@ -66,29 +67,6 @@ class Fields:
                 f"config.json: {key} {value!r} has no counterpart in our model, only {' or '.join(map(repr, known))} "
                 f"has: this {self.family} checkpoint cannot be converted"
             )
-
-    def rope(self, *, theta_key: str, fraction_key: str, fraction: float) -> tuple[float, float]:
-        """(base, share of a head's channels that turn); `fraction` where the config says none.
-
-        transformers 5 keeps both in rope_parameters, 4 beside it, with rope_scaling for what is not the default.
-        """
-        said: dict[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            found = self.get(key, {})
-            kind = found.get("rope_type", found.get("type", "default"))
-            nested = [name for name, value in found.items() if isinstance(value, dict)]
-            if kind != "default" or nested:
-                raise UserError(
-                    f"config.json: {key} is {kind if kind != 'default' else f'one per kind of layer ({nested[0]})'}, "
-                    f"and our RoPE has one base and no scaling: this {self.family} checkpoint cannot be converted"
-                )
-            said |= {name: value for name, value in found.items() if value is not None}
-        theta = said.get("rope_theta", self.get(theta_key, 10_000.0))
-        turning = said.get("partial_rotary_factor", self.get(fraction_key, fraction))
-        return (
-            float(self._checked("rope_theta", theta, float)),
-            float(self._checked("partial_rotary_factor", turning, float)),
-        )
 
     def __contains__(self, key: str) -> bool:
         """Whether the key is there, be it null."""

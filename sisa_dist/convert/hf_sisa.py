@@ -16,6 +16,7 @@ from sisa_dist.convert import hf_folder
 from sisa_dist.convert.families import Fields, check_rows
 from sisa_dist.convert.hf_folder import reference_logits
 from sisa_dist.convert.recipe import Recipe
+from sisa_dist.convert.rope import read_rope, write_rope
 
 __all__ = ["MODEL_TYPES", "exports", "files", "imports", "read_config", "reference_logits", "write_config"]
 
@@ -30,16 +31,15 @@ _SAME = {
     "n_heads": "num_attention_heads",
     "d_ff": "intermediate_size",
     "log_alpha_min": "log_alpha_min",
-    "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
     "qk_norm": "qk_norm",
     "tie_embeddings": "tie_word_embeddings",
     "init_std": "initializer_range",
 }
-_REALS = ("log_alpha_min", "rope_theta", "norm_eps", "init_std")
+_REALS = ("log_alpha_min", "norm_eps", "init_std")
 _FLAGS = ("qk_norm", "tie_embeddings")
 _OPTIONAL = ("vocab_multiple", "log_alpha_min")  # may be absent, or null
-_KNOWN = {*_SAME, "n_kv_heads", "head_dim", "mixer", "d_s"}
+_KNOWN = {*_SAME, "rope_theta", "rope_scaling", "n_kv_heads", "head_dim", "mixer", "d_s"}
 _MIXERS = {"sisa", "attention"}
 
 _BLOCK = {
@@ -89,6 +89,7 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
         },
         "dtype": "float32",
         **{theirs: getattr(model, ours) for ours, theirs in _SAME.items()},
+        **write_rope(model),
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.width_per_head,
         "layer_d_s": model.layer_d_s,
@@ -124,9 +125,15 @@ def read_config(hf_config: dict[str, Any]) -> ModelConfig:
     else:
         sizes = set(d_s) - {0}
         shape = {"mixer": mixers, "d_s": sizes.pop() if len(sizes) == 1 else d_s}
+    fields.need("rope_theta", float)
+    rope = read_rope(fields, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
+    if rope.fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor {rope.fraction} in a sisa model, whose RoPE is whole")
     return fields.model(
         **given,
         **shape,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         n_kv_heads=None if kv_heads in (None, 0, n_heads) else kv_heads,
         head_dim=None if head_dim in (None, 0) or head_dim * n_heads == width else head_dim,
     )

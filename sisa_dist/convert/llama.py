@@ -12,6 +12,7 @@ from typing import Any
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_mixers, renamed, translated
 from sisa_dist.convert.recipe import Recipe
+from sisa_dist.convert.rope import read_rope, write_rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 HEAD, EMBEDDING = (
@@ -52,9 +53,9 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     fields.only("attention_dropout", 0, 0.0)
     fields.only("quantization_config")
     _refuse_window(fields)
-    theta, fraction = fields.rope(theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
-    if fraction != 1.0:
-        raise UserError(f"config.json: partial_rotary_factor {fraction} in a {family} model, whose RoPE is whole")
+    rope = read_rope(fields, theta_key="rope_theta", fraction_key="partial_rotary_factor", fraction=1.0)
+    if rope.fraction != 1.0:
+        raise UserError(f"config.json: partial_rotary_factor {rope.fraction} in a {family} model, whose RoPE is whole")
     width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
     # What transformers takes where the key is absent; the oldest Llama configs have neither.
     kv_heads = fields.get("num_key_value_heads", heads) if family == "llama" else fields.need("num_key_value_heads")
@@ -69,7 +70,8 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         head_dim=None if head_dim is None or head_dim * heads == width else head_dim,
         d_ff=fields.need("intermediate_size"),
         mixer="attention",
-        rope_theta=theta,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         qk_norm=family == "qwen3",
         attention_bias="all" if everywhere else "qkv" if family == "qwen2" else "none",
@@ -82,7 +84,8 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
 def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, Any]:
     """A config.json for transformers 4 and 5. Raises UserError where no model of this family is `model`.
 
-    `max_positions`: the context it is said to have; nothing in the function of the model depends on it.
+    `max_positions`: the context it is said to have. The function of the model depends on it in dynamic RoPE scaling
+    alone, which has its own.
     """
     refuse_mixers("Llama-style", model)
     same = dict(norm="rmsnorm", mlp="swiglu", ffn="sequential", parallel_residual=False, rotary_fraction=1.0)
@@ -116,8 +119,7 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **write_rope(model),
         "attention_dropout": 0.0,
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,

@@ -28,6 +28,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 SCORES_AT_ONCE = 1 << 24  # entries of the score written out at a time, 64 MB in fp32: bounds memory, not the result
@@ -36,7 +37,7 @@ SCORES_AT_ONCE = 1 << 24  # entries of the score written out at a time, 64 MB in
 class SisaConfig(PretrainedConfig):
     """`layer_d_s`: SSM channels per head of each layer, even; 0 is plain attention; empty: 32 throughout.
 
-    `max_position_embeddings` is the length the model was trained at: information for tools, no limit.
+    `max_position_embeddings` is the length trained at: information for tools, no limit, and rope_type dynamic's origin.
     """
 
     model_type = "sisa"
@@ -63,12 +64,11 @@ class SisaConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
     def __init__(self, **kwargs: Any) -> None:
-        if kwargs.get("rope_scaling") or kwargs.get("rope_parameters"):
-            raise ValueError("SISA's rotary embedding is set by rope_theta alone: remove rope_scaling, rope_parameters")
+        self.rope_parameters = kwargs.pop("rope_parameters", None)
         own = {name: kwargs.pop(name, getattr(SisaConfig, name)) for name in SisaConfig.__annotations__}
+        vars(self).update(own)  # of which its RoPE parameters take their defaults
         super().__init__(**kwargs)
-        for name, value in own.items():
-            setattr(self, name, value)
+        vars(self).update(own, rope_theta=self.rope_parameters["rope_theta"])
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.layer_d_s = list(self.layer_d_s) or [32] * self.num_hidden_layers
@@ -350,14 +350,16 @@ class SisaModel(SisaPreTrainedModel):
 def _rope(ids: Tensor | None, seen: Tensor | None, h: Tensor, past: int, config: SisaConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [B or 1, 1, t, d/2] fp32; unless given, positions `ids` count the tokens that are no padding."""
     t, width = h.shape[1], config.head_dim
-    if ids is None and seen is not None:
-        ids = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
-    elif ids is None:
-        ids = torch.arange(past, past + t, device=h.device)[None]
-    channels = torch.arange(0, width, 2, dtype=torch.float64, device=h.device)
+    if ids is None:
+        counted = torch.ones(1, past + t, device=h.device) if seen is None else seen
+        ids = (counted.long().cumsum(-1) - 1).clamp(min=0)[:, -t:]
+    channels, size = torch.arange(0, width, 2, dtype=torch.float64, device=h.device), 1.0
+    frequency = config.rope_theta ** (-channels / width)
+    if (kind := config.rope_parameters["rope_type"]) != "default":
+        frequency, size = ROPE_INIT_FUNCTIONS[kind](config, h.device, seq_len=int(ids.max()) + 1)
     # Angles in fp64: at position 1e5 an fp32 angle is off by up to 4e-3.
-    angle = ids.to(torch.float64)[:, None, :, None] * config.rope_theta ** (-channels / width)
-    return angle.cos().float(), angle.sin().float()
+    angle = ids.to(torch.float64)[:, None, :, None] * frequency.double()
+    return (angle.cos() * size).float(), (angle.sin() * size).float()
 
 
 class SisaForCausalLM(SisaPreTrainedModel, GenerationMixin):

@@ -15,6 +15,7 @@ from torch import Tensor
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert.families import Fields, parameter_shapes, refuse, refuse_mixers, renamed, translated
 from sisa_dist.convert.recipe import Recipe
+from sisa_dist.convert.rope import read_rope, write_rope
 
 MODEL_TYPES = ("gpt_neox",)
 HEAD, EMBEDDING = (
@@ -51,7 +52,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     for key in ("attention_dropout", "hidden_dropout"):
         fields.only(key, 0, 0.0)
     fields.only("quantization_config")
-    theta, fraction = fields.rope(theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
+    rope = read_rope(fields, theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25)
     return fields.model(
         vocab_size=fields.need("vocab_size"),
         d_model=fields.need("hidden_size"),
@@ -59,8 +60,9 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         n_heads=fields.need("num_attention_heads"),
         d_ff=fields.need("intermediate_size"),
         mixer="attention",
-        rope_theta=theta,
-        rotary_fraction=fraction,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rotary_fraction=rope.fraction,
         norm="layernorm",
         norm_eps=fields.get("layer_norm_eps", 1e-5),
         attention_bias="all" if fields.get("attention_bias", True) else "none",
@@ -75,7 +77,8 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
 def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, Any]:
     """A config.json for transformers 4 and 5. Raises UserError where no GPT-NeoX model is `model`.
 
-    `max_positions`: the context it is said to have; nothing in the function of the model depends on it.
+    `max_positions`: the context it is said to have. The function of the model depends on it in dynamic RoPE scaling
+    alone, which has its own.
     """
     refuse_mixers("GPT-NeoX", model)
     refuse("GPT-NeoX", model, norm="layernorm", mlp="gelu", mlp_bias=True, qk_norm=False, kv_heads=model.n_heads)
@@ -93,13 +96,8 @@ def write_config(model: ModelConfig, *, max_positions: int = 2048) -> dict[str, 
         "hidden_act": "gelu",
         "max_position_embeddings": max_positions,
         "layer_norm_eps": model.norm_eps,
-        "rotary_emb_base": model.rope_theta,
         "rotary_pct": model.rotary_fraction,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": model.rotary_fraction,
-        },
+        **write_rope(model, theta_key="rotary_emb_base", whole=False),
         "attention_bias": model.output_bias,
         "use_parallel_residual": model.parallel_residual,
         "attention_dropout": 0.0,

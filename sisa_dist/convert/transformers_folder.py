@@ -102,7 +102,8 @@ def write(folder: Path, opened: Opened, source: TensorSource, target: Target) ->
     module, config = architecture_for(opened.model, model_type=target.model_type)
     matrices = max(source.specs.values(), key=lambda spec: spec.numel()).dtype  # gains may be wider
     config["dtype"] = str(matrices).removeprefix("torch.")
-    if "max_position_embeddings" in config:
+    scaling = opened.model.rope_scaling
+    if "max_position_embeddings" in config and not (scaling and scaling.rope_type == "dynamic"):
         config["max_position_embeddings"] = opened.run_config().training.seq_len  # what it was trained at
     folder.mkdir()
     trained_here = opened.state()["step"] > 0

@@ -23,7 +23,8 @@ def generate(
     """Yields one token id per row, [B] int64, max_new_tokens times. prompt [B, T ≥ 1] int64.
 
     temperature 0 is greedy. Sampling draws from one CPU generator seeded with `seed`, so a run repeats on any device.
-    top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020).
+    top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020). RoPE scaling that goes
+    by length takes that of prompt and max_new_tokens together, so that all keys and queries turn alike.
     """
     if prompt_BT.shape[1] == 0:
         raise ValueError("the prompt is empty: give at least one token, for example the tokenizer's eos_id")
@@ -31,9 +32,9 @@ def generate(
         raise ValueError(f"temperature {temperature} must be ≥ 0 and top_p {top_p} in (0, 1]")
     generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache()
-    tokens_BT = prompt_BT
+    tokens_BT, total = prompt_BT, prompt_BT.shape[1] + max_new_tokens
     for _ in range(max_new_tokens):
-        logits_BV = model(tokens_BT, cache=cache, last_only=True)[:, -1]
+        logits_BV = model(tokens_BT, cache=cache, last_only=True, total_length=total)[:, -1]
         next_B = logits_BV.argmax(-1) if temperature == 0 else _sample(logits_BV / temperature, top_p, generator)
         yield next_B
         tokens_BT = next_B[:, None]

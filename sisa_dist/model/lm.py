@@ -54,11 +54,14 @@ class LM(nn.Module):
         per_token: bool = False,
         cache: list[Cache] | None = None,
         last_only: bool = False,
+        total_length: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens, labels [B, T] int64 (label −100 does not count); doc_ids [B, T] non-decreasing or None.
 
         Documents do not see each other, and positions count from the first token of each. With a cache the ids go on
-        from those of the tokens it holds, and are given at every call or at none.
+        from those of the tokens it holds, and are given at every call or at none. `total_length`: tokens the cache will
+        hold in the end, where that is known. RoPE scaling that goes by length then has one set of frequencies from the
+        first token on; else each chunk has those of the tokens so far, while cached keys keep theirs, as transformers.
         """
         config, by = self.config, self.config.multiplier_options
         start = cache[0].length if cache else 0
@@ -78,6 +81,8 @@ class LM(nn.Module):
             theta=config.rope_theta,
             device=tokens_BT.device,
             doc_ids_BT=cache[0].documents(doc_ids_BT) if cache else doc_ids_BT,
+            scaling=config.rope_scaling,
+            total_length=None if total_length is None else total_length + config.meta_tokens,
         )
         routings: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):

@@ -70,11 +70,12 @@ def decay_sums(log_alpha_BGT: Tensor, *, work: torch.dtype) -> Tensor:
 def phase_turns(theta_BGTm: Tensor, first_BT: Tensor | None, *, work: torch.dtype) -> Tensor:
     """Φ in turns, in [−1/2, 1/2]: inclusive running sums along T, counted from token `first_BT` where given.
 
-    The sum is of int64 in units of 2^-40 turn (2^-52 in fp64): it may overflow, for 2^64 units are whole turns. A
-    single θ must stay below 2^23 (2^11) turns. Counting from the document's first token keeps an earlier document's θ
+    The sum is of int64 in units of 2^-44 turn (2^-52 in fp64): it may overflow, for 2^64 units are whole turns. A
+    single θ must stay below 2^19 (2^11) turns. One θ repeated a million times is off by 2e-7 radians at most, an fp32
+    angle's own rounding. Counting from the document's first token keeps an earlier document's θ
     from moving a bit of the rotated channels.
     """
-    bits = 52 if work == torch.float64 else 40
+    bits = 52 if work == torch.float64 else 44
     units = (theta_BGTm.double() * (0.5 / math.pi * 2.0**bits)).round_().long().cumsum(2)
     if first_BT is not None:
         units = units - units.gather(2, first_BT[:, None, :, None].expand_as(units))

@@ -242,8 +242,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         twin(tokens, output_attentions=True)
     with pytest.raises(TypeError, match="unheard"):
         twin(tokens, unheard=True)
-    with pytest.raises(ValueError, match="rope_theta alone"):
-        SisaConfig(rope_scaling={"type": "linear", "factor": 2.0})
     with pytest.raises(ValueError, match="layer_d_s"):
         SisaConfig(num_hidden_layers=2, layer_d_s=[4])
 
