@@ -41,6 +41,7 @@ esac
 GETENT = '#!/bin/bash\n[ "$2" = n1 ] && echo "10.0.0.1       STREAM n1" || echo "127.0.1.1  STREAM $2"\n'
 SLURM = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 SLURM |= {"SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+TORCHRUN = "python -m sisa_dist.torchrun"
 BROKEN = '#!/bin/bash\n[ "$*" != "-m pip --version" ]\n'
 
 
@@ -85,9 +86,10 @@ def launch(
 
 
 def after_preparing(found: list[str], prepared: str) -> list[str]:
-    found = [line for line in found if not line.startswith("python ")]
-    assert found[0] == prepared
-    return found[1:]
+    """Without what it asks: for GPUs, and for the stages of the run, of which there are none."""
+    found = [line for line in found if not line.startswith(("python -c", "python -m pip"))]
+    assert found[0].startswith("sisa stages --processes ") and found[1] == prepared
+    return found[2:]
 
 
 def test_a_fresh_clone_trains_after_preparing(clone: Path) -> None:
@@ -96,9 +98,9 @@ def test_a_fresh_clone_trains_after_preparing(clone: Path) -> None:
     assert "python3 -m venv --clear .venv" in first and any("--editable .[test,deepspeed]" in line for line in first)
     assert "DS_BUILD_OPS=0" in first and "DS_ACCELERATOR=cpu" in first
     prepared, trains = "sisa prepare c.yaml --set name=a b", "train c.yaml --accept-changes --set name=a b"
-    for gpus, launcher in (("1", "sisa"), ("2", "torchrun --standalone --nproc-per-node 2 -m sisa_dist.cli")):
+    for gpus, launcher in (("1", "sisa"), ("2", f"{TORCHRUN} --standalone --nproc-per-node 2 -m sisa_dist.cli")):
         found = launch(clone, *train, GPUS=gpus)
-        assert [line for line in found if not line.startswith("python ")] == [prepared, f"{launcher} {trains}"]
+        assert after_preparing(found, prepared) == [f"{launcher} {trains}"]
     assert launch(clone, *train, RANK="1", GPUS="8") == [f"sisa {trains}"]
     assert launch(clone, "train", code=2) == []
 
@@ -131,7 +133,7 @@ def test_torchrun_on_several_hosts(clone: Path) -> None:
     trains = "-m sisa_dist.cli train c.yaml --set a=b c"
     found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400")
     assert after_preparing(found, "sisa prepare c.yaml --set a=b c") == [
-        f"torchrun --nnodes 2 --nproc-per-node 1 {rendezvous} {trains}",
+        f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {rendezvous} {trains}",
         "DS_ACCELERATOR=cpu",
         "GLOO_SOCKET_IFNAME=eth0",
     ]
@@ -139,7 +141,9 @@ def test_torchrun_on_several_hosts(clone: Path) -> None:
     assert launch(clone, *train, names=names, NNODES="2", RDZV="me:29400")[-1] == "GLOO_SOCKET_IFNAME=eth9"
     for node, keeps in (("0", "true"), ("1", "false")):
         found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400", NODE_RANK=node, GPUS="8")
-        assert found[-1] == f"torchrun --nnodes 2 --nproc-per-node 8 {rendezvous} --rdzv-conf is_host={keeps} {trains}"
+        assert (
+            found[-1] == f"{TORCHRUN} --nnodes 2 --nproc-per-node 8 {rendezvous} --rdzv-conf is_host={keeps} {trains}"
+        )
         assert ("sisa prepare c.yaml --set a=b c" in found) == (node == "0")
     launch(clone, *train, code=2, says="set NNODES", RDZV="n1:29400")
     launch(clone, *train, code=2, says="set RDZV=host:port", NNODES="2")
@@ -254,7 +258,7 @@ def test_help_names_every_command(clone: Path) -> None:
         "compare",
         "test",
         "train CONFIG",
-        "prepare|data|eval|lm-eval|generate|doctor",
+        "prepare|data|eval|lm-eval|generate|stages|estimate|doctor",
         "setup",
     ):
         assert f"./launch.sh {command}" in said

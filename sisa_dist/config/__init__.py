@@ -18,6 +18,7 @@ from sisa_dist.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
+from sisa_dist.config.stages import Run, RunStage, load_run
 
 __all__ = [
     "AttentionConfig",
@@ -30,7 +31,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "Run",
     "RunConfig",
+    "RunStage",
     "ScheduleConfig",
     "SourceConfig",
     "TokenizerConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "UserError",
     "dump_config",
     "load_config",
+    "load_run",
     "parse_config",
     "replace_file",
     "sync",

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 REQUEUE = os.EX_TEMPFAIL  # 75: saved, not finished; the same command goes on from there
+NEXT_STAGE = 76  # a stage is done and saved; the next wants processes of its own, which launch.sh starts
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -21,6 +22,17 @@ class Requeue(SystemExit):
 
     def __init__(self, message: str) -> None:
         super().__init__(REQUEUE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NextStage(SystemExit):
+    """A stage is done and saved, and this process cannot train the next. Uncaught, it exits with code NEXT_STAGE."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(NEXT_STAGE)
         self.message = message
 
     def __str__(self) -> str:

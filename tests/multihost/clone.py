@@ -26,7 +26,7 @@ FEW_STEPS = [
     "training.checkpoint_every=null",
 ]
 # What `pip install` puts into .venv/bin, without a second installation.
-TOOLS = {"python": "", "sisa": "-m sisa_dist.cli", "torchrun": "-m torch.distributed.run"}
+TOOLS = {"python": "", "sisa": "-m sisa_dist.cli"}
 TOOLS |= {"deepspeed": "-m deepspeed.launcher.runner"}
 
 
