@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ echo "$(basename "$0") $*" >>"$LOG"
 case "$*" in
 "-m venv"*) mkdir -p "${!#}/bin"; for tool in python sisa torchrun deepspeed; do cp "$0" "${!#}/bin/$tool"; done ;;
 *device_count*) echo "${GPUS:-0}" ;;
-*" train "* | "train "*) env | grep -E "^($NAMES)=" | sort >>"$LOG" ;;
+"stages --processes "*) head -n 1 "$LOG.stages" 2>/dev/null ;;
+*" train "* | "train "*)
+    if [ -s "$LOG.stages" ]; then # the stage is done; another comes
+        eval "${DURING:-}"
+        sed -i 1d "$LOG.stages"
+        [ ! -s "$LOG.stages" ] || exit 76
+    fi
+    env | grep -E "^($NAMES)=" | sort >>"$LOG" ;;
 *"--editable"*) env | grep -E "^DS_" | sort >>"$LOG" ;;
 esac
 exit "${CODE:-0}"
@@ -124,6 +132,61 @@ def test_local_processes_share_the_cores_and_gpu_hosts_get_no_cpu_settings(clone
 def test_the_exit_code_is_the_commands(clone: Path) -> None:
     launch(clone, "setup")
     assert launch(clone, "train", "c.yaml", RANK="0", CODE="75", code=75) == ["sisa train c.yaml"]
+
+
+def stages(clone: Path, *processes: str) -> None:
+    (clone / "log.stages").write_text("".join(f"{number}\n" for number in processes), encoding="utf-8")
+
+
+def test_stages_are_started_one_after_another_on_what_each_wants(clone: Path) -> None:
+    launch(clone, "setup")
+    train = ("train", "c.yaml", "--set", "a=b c")
+    stages(clone, "2", "all", "4", "1")
+    found = [line for line in launch(clone, *train, NPROC="3") if not line.startswith("python -c")]
+    asks, prepares, trains = (
+        f"{said} c.yaml --set a=b c" for said in ("sisa stages --processes", "sisa prepare", "train")
+    )
+    starts = [f"{TORCHRUN} --standalone --nproc-per-node {n} -m sisa_dist.cli {trains}" for n in (2, 3, 4)]
+    assert found == [line for start in [*starts, f"sisa {trains}"] for line in (asks, prepares, start)]
+    stages(clone, "all", "4")
+    found = launch(clone, *train, NNODES="2", RDZV="n1:29400")
+    begun = [line.split(" --rdzv")[0] for line in found if line.startswith(TORCHRUN)]
+    assert begun == [f"{TORCHRUN} --nnodes 2 --nproc-per-node {n}" for n in (1, 2)]
+    stages(clone, "3")
+    launch(clone, *train, NNODES="2", RDZV="n1:29400", code=2, says="wants 3 processes, which 2 hosts cannot share")
+
+
+@pytest.mark.parametrize("signal", ["TERM", "USR1", "INT"])
+def test_a_signal_during_stages_reaches_what_trains_and_no_other_begins(clone: Path, signal: str) -> None:
+    launch(clone, "setup")
+    sent = "USR1" if signal == "USR1" else "TERM"
+    saves = (
+        f"trap 'echo got {sent} >>$LOG; exit 75' {sent}; kill -{signal} $PPID; for i in $(seq 50); do sleep 0.1; done"
+    )
+    stages(clone, "all", "all")
+    found = launch(clone, "train", "c.yaml", DURING=saves, code=75)
+    assert found[-1] == f"got {sent}" and found.count("sisa train c.yaml") == 1
+    # It ends by itself, with the stage: as if asked to be run again.
+    stages(clone, "all", "all")
+    ends = f"trap : {sent}; kill -{signal} $PPID; sleep 0.2"
+    found = launch(clone, "train", "c.yaml", DURING=ends, code=75)
+    assert found.count("sisa train c.yaml") == 1
+
+
+def test_another_exit_code_ends_the_stages(clone: Path) -> None:
+    launch(clone, "setup")
+    stages(clone, "all", "all")
+    assert launch(clone, "train", "c.yaml", DURING="exit 3", code=3).count("sisa train c.yaml") == 1
+
+
+def test_torchrun_leaves_with_the_code_of_its_ranks(tmp_path: Path) -> None:
+    """And with its own report, code 1, where a rank failed."""
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(int(sys.argv[1]))\n", encoding="utf-8")
+    for code in ("76", "1", "0"):
+        command = [sys.executable, "-m", "sisa_dist.torchrun", "--standalone", "--nproc-per-node", "2"]
+        ended = subprocess.run([*command, str(tmp_path / "leaves.py"), code], cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == int(code), ended.stderr
+        assert ("ChildFailedError" in ended.stderr) == (code == "1")
 
 
 def test_torchrun_on_several_hosts(clone: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import Run, RunConfig, UserError, load_run
-from sisa_dist.engine.fsdp import FSDPEngine
+from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.show_step import served_in
 from sisa_dist.training.signals import NextStage, Requeue
@@ -126,7 +126,7 @@ class Killed(Exception):
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None]) -> None:
     """`do` in the forward of the `step`-th step from now, once."""
-    right, calls = FSDPEngine.train_step, [0]
+    right, calls = FSDP2Engine.train_step, [0]
 
     def train_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
@@ -134,7 +134,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None]
             do()
         return right(self, *arguments, **keywords)
 
-    monkeypatch.setattr(FSDPEngine, "train_step", train_step)
+    monkeypatch.setattr(FSDP2Engine, "train_step", train_step)
 
 
 def die() -> None:
