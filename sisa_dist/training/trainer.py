@@ -66,8 +66,10 @@ def train(run: Run | RunConfig, *, accept_changes: bool = False, quiet: bool = F
 
 
 def _refuse_other_layout(stage: RunStage, built: RunStage, mesh: Mesh, stop: StopRequest, *, quiet: bool) -> None:
-    """Between stages. Asked to stop, a run does not begin the next; and these processes can train only what is `like`
-    the stage they were built for. Collective."""
+    """Between stages: asked to stop, a run does not begin the next, and it trains none that is not like `built`.
+
+    Collective.
+    """
     if mesh.max_over_all(torch.tensor(float(bool(stop)), device=mesh.device)).item():
         raise Requeue(f"asked to stop before stage {stage.name}: run the same command again to go on")
     if stage.like(built):

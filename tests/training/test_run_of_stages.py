@@ -11,37 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from runs import assert_same_tensors, losses, tensors
+from runs import Stages, assert_same_tensors, losses, staged, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import Run, RunConfig, UserError, load_run
+from sisa_dist.config import Run, RunConfig, UserError
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.show_step import served_in
 from sisa_dist.training.signals import NextStage, Requeue
 from sisa_dist.training.stages import stage_to_train
 from sisa_dist.training.trainer import train
-
-Stages = list[dict[str, Any]]
-
-
-def staged(config: RunConfig, folder: Path, stages: Stages, **sections: dict[str, Any]) -> Run:
-    """As a user's file would say it; `sections` are laid over the run."""
-    tree = config.model_dump(exclude_defaults=True)
-    tree["output_dir"] = str(folder)
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
-    for stage in stages:  # what stages say the run does not
-        for name in ("training", "model", "schedule", "optimizer"):
-            for key in stage.get(name, {}):
-                if all(key in other.get(name, {}) for other in stages):
-                    tree[name].pop(key, None)
-    tree["training"].pop("steps")
-    tree["stages"] = stages
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return load_run(folder / "run.yaml")
 
 
 def same_as_one_run(tiny: RunConfig, folder: Path) -> Run:
