@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from runs import Stages, assert_same_tensors, losses, staged, tensors
+from runs import QUICKSTART, Stages, assert_same_tensors, losses, staged, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import Run, RunConfig, UserError
+from sisa_dist.config import Run, RunConfig, UserError, load_config
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.show_step import served_in
@@ -45,6 +46,22 @@ LONGER: Stages = [
         "schedule": {"warmup_steps": 1},
     },
 ]
+
+
+def longer(moments: str = "keep") -> Stages:
+    return [LONGER[0], {**LONGER[1], "moments": moments}]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run that trained `longer(moments)` in one sitting."""
+
+    @functools.cache
+    def trained(moments: str) -> Path:
+        folder = tmp_path_factory.mktemp(moments)
+        return train(staged(load_config(QUICKSTART, tiny_overrides), folder, longer(moments)), quiet=True)
+
+    return trained
 
 
 def test_stages_of_the_same_settings_are_one_run_to_the_bit(tiny: RunConfig, tmp_path: Path) -> None:
@@ -120,29 +137,44 @@ def die() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("step", [3, 5, 6, 9])
-@pytest.mark.parametrize("moments", ["keep", "reset"])
+@pytest.mark.parametrize(
+    ("step", "moments"),
+    [
+        (3, "keep"),
+        (5, "reset"),
+        (9, "reset"),
+        *(pytest.param(step, "keep", marks=pytest.mark.slow) for step in (4, 5, 6, 9)),
+        *(pytest.param(step, "reset", marks=pytest.mark.slow) for step in (3, 4, 6)),
+    ],
+)
 def test_killed_in_any_stage_it_goes_on_to_the_bit(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, moments: str
+    tiny: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[str], Path],
+    step: int,
+    moments: str,
 ) -> None:
-    stages = [LONGER[0], {**LONGER[1], "moments": moments}]
-    whole = train(staged(tiny, tmp_path / "whole", stages), quiet=True)
-    run = staged(tiny, tmp_path / "killed", stages)
+    run = staged(tiny, tmp_path / "killed", longer(moments))
     killed_at(monkeypatch, step, die)
     with pytest.raises(Killed):
         train(run, quiet=True)
     monkeypatch.undo()
     train(run, quiet=True)
-    assert losses(tmp_path / "killed") == losses(whole)
-    assert_same_tensors(list_checkpoints(whole)[-1], list_checkpoints(tmp_path / "killed")[-1])
+    assert losses(tmp_path / "killed") == losses(whole(moments))
+    assert_same_tensors(list_checkpoints(whole(moments))[-1], list_checkpoints(tmp_path / "killed")[-1])
 
 
 @pytest.mark.parametrize(("step", "saved"), [(4, 4), (5, 6)])
 def test_asked_to_stop_at_the_seam_it_saves_and_goes_on(
-    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: int
+    tiny: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Callable[[str], Path],
+    step: int,
+    saved: int,
 ) -> None:
     """In the last step of a stage its evaluation is put off, and the next stage does not begin."""
-    whole = train(staged(tiny, tmp_path / "whole", LONGER), quiet=True)
     run = staged(tiny, tmp_path / "asked", LONGER)
     killed_at(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Requeue) as asked:
@@ -151,19 +183,15 @@ def test_asked_to_stop_at_the_seam_it_saves_and_goes_on(
     monkeypatch.undo()
     assert read_state(list_checkpoints(tmp_path / "asked")[-1]).step == saved
     train(run, quiet=True)
-    assert losses(tmp_path / "asked") == losses(whole)
+    assert losses(tmp_path / "asked") == losses(whole("keep"))
     evaluated = [
-        [(r["step"], r["validation_loss"]) for r in read_metrics(f)["evaluation"]] for f in (whole, run_of(run))
+        [(record["step"], record["validation_loss"]) for record in read_metrics(folder)["evaluation"]]
+        for folder in (whole("keep"), tmp_path / "asked")
     ]
     assert evaluated[0] == evaluated[1]
 
 
-def run_of(run: Run) -> Path:
-    return Path(run.stages[0].config.output_dir)
-
-
-def test_a_damaged_end_of_a_stage_is_done_again(tiny: RunConfig, tmp_path: Path) -> None:
-    whole = train(staged(tiny, tmp_path / "whole", LONGER), quiet=True)
+def test_a_damaged_end_of_a_stage_is_done_again(tiny: RunConfig, tmp_path: Path, whole: Callable[[str], Path]) -> None:
     run = staged(tiny, tmp_path / "run", LONGER, training={"keep_last": 9})
     train(run, quiet=True)
     for checkpoint in list_checkpoints(tmp_path / "run"):
@@ -174,14 +202,13 @@ def test_a_damaged_end_of_a_stage_is_done_again(tiny: RunConfig, tmp_path: Path)
     torn.write_bytes(torn.read_bytes()[:20])
     assert stage_to_train(run, tmp_path / "run").name == "long"
     train(run, quiet=True)
-    assert losses(tmp_path / "run") == losses(whole)
+    assert losses(tmp_path / "run") == losses(whole("keep"))
 
 
 def test_another_layout_ends_in_a_checkpoint_and_an_exit_code(
-    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], whole: Callable[[str], Path]
 ) -> None:
     stages: Stages = [LONGER[0], {**LONGER[1], "engine": {"activation_checkpointing": True}}]
-    plain = train(staged(tiny, tmp_path / "plain", LONGER), quiet=True)
     run = staged(tiny, tmp_path / "run", stages)
     with pytest.raises(NextStage) as ended:
         train(run)
@@ -190,7 +217,7 @@ def test_another_layout_ends_in_a_checkpoint_and_an_exit_code(
     assert "stage long wants another layout" in capsys.readouterr().out
     assert stage_to_train(run, tmp_path / "run").name == "long"
     train(run, quiet=True)  # as another process would
-    assert losses(tmp_path / "run") == losses(plain)
+    assert losses(tmp_path / "run") == losses(whole("keep"))
 
 
 def test_a_run_goes_on_as_the_first_stage_of_another(tiny: RunConfig, tmp_path: Path) -> None:
