@@ -242,7 +242,7 @@ def test_a_run_goes_on_as_the_first_stage_of_another(tiny: RunConfig, tmp_path: 
 def test_stages_begin_with_another_run_s_weights(tiny: RunConfig, tmp_path: Path) -> None:
     source = list_checkpoints(train(tiny, quiet=True))[-1]
     stages: Stages = [{"name": "a", "steps": 1}, {"name": "b", "steps": 1, "model": {"rope_theta": 5e5}}]
-    run = staged(tiny, tmp_path / "run", stages, start={"weights": str(source)}, schedule={"warmup_steps": 0})
+    run = staged(tiny, tmp_path / "stages", stages, start={"weights": str(source)}, schedule={"warmup_steps": 0})
     folder = train(run, quiet=True)
     assert read_state(list_checkpoints(folder)[-1]).step == 2
     assert not torch.equal(*(tensors(c)["model.embed.weight"] for c in list_checkpoints(folder)))
