@@ -16,6 +16,7 @@ import torch
 from runs import QUICKSTART, Stages, assert_same_tensors, losses, staged, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import Run, RunConfig, UserError, load_config
+from sisa_dist.engine.deepspeed import DeepSpeedEngine
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.show_step import served_in
@@ -120,9 +121,11 @@ class Killed(Exception):
     pass
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None]) -> None:
-    """`do` in the forward of the `step`-th step from now, once."""
-    right, calls = FSDP2Engine.train_step, [0]
+def killed_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None], engine: type[Any] = FSDP2Engine
+) -> None:
+    """`do` before the `step`-th step from now, once."""
+    right, calls = engine.train_step, [0]
 
     def train_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
@@ -130,7 +133,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, do: Callable[[], None]
             do()
         return right(self, *arguments, **keywords)
 
-    monkeypatch.setattr(FSDP2Engine, "train_step", train_step)
+    monkeypatch.setattr(engine, "train_step", train_step)
 
 
 def die() -> None:
@@ -282,3 +285,20 @@ def test_a_later_stage_that_cannot_begin_is_said_at_once(tiny: RunConfig, tmp_pa
     run = staged(tiny, tmp_path / "run", [LONGER[0], {"name": "b", "steps": 2, "parallel": {"tp": 3}}])
     with pytest.raises(UserError, match=r"stage b: .*tp 3"):
         train(run, quiet=True)
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_one_stage_after_another(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Path]
+) -> None:
+    """Its second engine in one process; killed in the second stage, it goes on to the bit."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    zero = {"kind": "deepspeed", "zero_stage": 1}
+    straight = train(staged(tiny, tmp_path / "straight", longer("reset"), engine=zero), quiet=True)
+    for ours, theirs in zip(losses(straight), losses(whole("reset")), strict=True):
+        assert ours[1:3] == pytest.approx(theirs[1:3], rel=2e-5) and ours[3] == theirs[3]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 8, die, DeepSpeedEngine)
+        train(staged(tiny, tmp_path / "killed", longer("reset"), engine=zero), quiet=True)
+    train(staged(tiny, tmp_path / "killed", longer("reset"), engine=zero), quiet=True)
+    assert losses(tmp_path / "killed") == losses(straight)
