@@ -4,11 +4,12 @@
 #   ./launch.sh compare [--all | --systems A,B …] mixers side by side: trained, evaluated, one page (--help: the rest)
 #   ./launch.sh test [pytest arguments]           the test suite
 #   ./launch.sh train CONFIG [--set KEY=VALUE …]  prepares the data where it is not, then trains: on one process, or on
-#                                                 all local GPUs under torchrun (NPROC=n to choose); on several hosts
+#                                                 all local GPUs under torchrun (NPROC=n to choose); on several hosts;
+#                                                 a run of stages stage by stage, each on the processes it wants
 #         HOSTFILE=hosts ./launch.sh train …        from one of them, by deepspeed over ssh (lines `name slots=8`)
 #         NNODES=2 RDZV=host:port ./launch.sh …     run on each, by torchrun (NODE_RANK=0… says which keeps the port)
 #         sbatch tools/slurm_train.sbatch CONFIG …  or in any SLURM allocation: one rank a task, by srun
-#   ./launch.sh prepare|data|eval|lm-eval|generate|doctor …  the sisa command of that name
+#   ./launch.sh prepare|data|eval|lm-eval|generate|stages|estimate|doctor …  the sisa command of that name
 #   ./launch.sh setup                             only the environment
 # Several hosts need this folder, with its .venv/ and the data, at one path. Shown as + NAME=VALUE, a variable is set by
 # this script unless you did; DS_ACCELERATOR and GLOO_SOCKET_IFNAME only on a host without GPUs.
@@ -17,8 +18,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 venv=.venv
 py=$venv/bin/python
+torchrun=("$py" -m sisa_dist.torchrun)
 
-usage() { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 refuse() {
     echo "launch.sh: $*" >&2
@@ -121,7 +123,7 @@ train_here() {
     prepare "$@"
     [ "$processes" -gt 1 ] || become "$venv/bin/sisa" train "$@"
     settings "$(share "$processes")"
-    become "$venv/bin/torchrun" --standalone --nproc-per-node "$processes" -m sisa_dist.cli train "$@"
+    become "${torchrun[@]}" --standalone --nproc-per-node "$processes" -m sisa_dist.cli train "$@"
 }
 
 # This host's part of a run whose hosts each call us with the same RDZV.
@@ -134,7 +136,7 @@ train_torchrun() {
     [ -z "${NODE_RANK:-}" ] || keeps=(--rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)")
     [ "${NODE_RANK:-0}" != 0 ] || prepare "$@"
     settings "$(share "$processes")" "${RDZV%:*}"
-    become "$venv/bin/torchrun" --nnodes "$NNODES" --nproc-per-node "$processes" \
+    become "${torchrun[@]}" --nnodes "$NNODES" --nproc-per-node "$processes" \
         --rdzv-backend c10d --rdzv-endpoint "$RDZV" "${keeps[@]}" -m sisa_dist.cli train "$@"
 }
 
@@ -217,6 +219,34 @@ train_srun() {
     become srun "${options[@]}" ./launch.sh train "$@"
 }
 
+# A run of stages, of which the first to train wants $1 processes, or `all`. Where the next wants others, training leaves
+# with 76, and they are started here. Signals and every other exit code go through, as if we were not there.
+train_stages() {
+    local wanted=$1 given=${NPROC:-} num_hosts=${NNODES:-${SLURM_JOB_NUM_NODES:-1}} run code=76 asked='' signalled
+    shift
+    trap 'asked=yes signalled=yes; kill -USR1 "$run"' USR1
+    trap 'asked=yes signalled=yes; kill -TERM "$run"' TERM INT # a command beside us ignores INT
+    while [ "$code" = 76 ]; do
+        [ -z "$asked" ] || exit 75 # saved, and not to go on now
+        NPROC=$given
+        if [ "$wanted" != all ]; then
+            [ $((wanted % num_hosts)) = 0 ] || refuse "a stage wants $wanted processes, which $num_hosts hosts cannot share alike"
+            NPROC=$((wanted / num_hosts))
+        fi
+        train_stage "$@" &
+        run=$! signalled=yes
+        while [ -n "$signalled" ]; do # a trap ends `wait` before its time
+            signalled='' code=0
+            wait "$run" || code=$?
+        done
+        [ "$code" != 76 ] || wanted=$(wanted "$@")
+    done
+    exit "$code"
+}
+
+# How many processes the stage to train wants, or `all`; nothing where the run has no stages.
+wanted() { "$venv/bin/sisa" stages --processes "$@"; }
+
 # One process of many, whoever started it: torchrun, or srun, ours or yours. It prepares no data.
 train_rank() {
     local others=
@@ -232,9 +262,17 @@ train_rank() {
 }
 
 train() {
+    local wanted
     if [ -n "${RANK:-}" ] || [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then
         train_rank "$@"
-    elif [ -n "${HOSTFILE:-}" ]; then
+    fi
+    wanted=$(wanted "$@")
+    if [ -n "$wanted" ]; then train_stages "$wanted" "$@"; else train_stage "$@"; fi
+}
+
+# Of a run, or of a run of stages as far as one launch goes.
+train_stage() {
+    if [ -n "${HOSTFILE:-}" ]; then
         train_hostfile "$@"
     elif [ -n "${RDZV:-}${NNODES:-}" ]; then
         train_torchrun "$@"
@@ -260,7 +298,7 @@ test)
     setup
     run "$py" -m pytest "$@"
     ;;
-prepare | data | eval | lm-eval | generate | doctor)
+prepare | data | eval | lm-eval | generate | stages | estimate | doctor)
     setup
     run "$venv/bin/sisa" "$command" "$@"
     ;;

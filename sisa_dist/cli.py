@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from sisa_dist.config import UserError, load_config
+from sisa_dist.config import UserError, load_run
 from sisa_dist.data_cli import app as data_app
 
 _OTHER_HOSTS_WAIT, _OTHER_RANKS_WAIT = 2.0, 4.0  # seconds; the slowest launcher looks once a second
@@ -33,6 +33,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set training.steps=200. Repeatable."),
 ]
+StageName = Annotated[str | None, typer.Option("--stage", metavar="NAME", help="One stage of a run that has some.")]
 
 
 @app.callback()
@@ -46,12 +47,16 @@ def prepare(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild data made with other settings.")] = False,
 ) -> None:
-    """Train the tokenizer and write the WebDataset token shards."""
+    """Train the tokenizer and write the WebDataset token shards, of a run of stages those of each."""
     from data_pipeline.prepare import prepare as run
 
-    folder = run(load_config(config, overrides or ()), force=force)
-    if folder is not None:
-        print(f"data: {folder}")
+    made: set[str] = set()
+    for stage in load_run(config, overrides or ()).stages:
+        place = str(stage.config.data_place)
+        folder = run(stage.config, force=force and place not in made)
+        made.add(place)
+        if folder is not None:
+            print(f"data: {folder}")
 
 
 @app.command()
@@ -65,16 +70,41 @@ def train(
     """Train, or resume from the run folder's newest checkpoint. Under torchrun: one process of many.
 
     SIGTERM or SIGUSR1 (to any rank): saves a checkpoint and exits with code 75, "run me again"; a scheduler requeues on
-    it. Code 2: something to mend, in one line. Code 1: a failure; where a rank died or hung, a line names it.
+    it. Code 2: something to mend, in one line. Code 1: a failure; where a rank died or hung, a line names it. Code 76:
+    a stage of the run is done, and the next wants other processes: the same command, launched for them, goes on.
     """
     from sisa_dist.training.trainer import train as run
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("sisa_dist").setLevel(logging.INFO if main_rank else logging.WARNING)
-    folder = run(load_config(config, overrides or ()), accept_changes=accept_changes)
+    folder = run(load_run(config, overrides or ()), accept_changes=accept_changes)
     if main_rank:
         print(f"run: {folder}")
+
+
+@app.command()
+def stages(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[
+        bool,
+        typer.Option(
+            "--processes", help="Only how many processes the stage to train wants, or `all`; nothing without stages."
+        ),
+    ] = False,
+    accept_changes: Annotated[bool, typer.Option("--accept-changes", hidden=True)] = False,
+) -> None:
+    """Each stage of a run in full: every key, and what differs from the stage before marked with *."""
+    from sisa_dist.training.stages import describe_stage, stage_to_train
+
+    run = load_run(config, overrides or ())
+    if processes:
+        if run.staged:
+            print(stage_to_train(run, Path(run.stages[0].config.output_dir)).processes or "all")
+        return
+    for stage in run.stages:
+        print(describe_stage(run, stage))
 
 
 @app.command("eval")
@@ -142,17 +172,29 @@ def estimate(
     overrides: Overrides = None,
     world: Annotated[int | None, typer.Option(min=1, help="Processes; default: the config's tp × dp.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    stage: StageName = None,
 ) -> None:
-    """Parameters, FLOPs, bytes of every rank and their peak in a step. Needs no data, processes or GPU."""
-    from sisa_dist.training.estimate import print_estimate
+    """Parameters, FLOPs, bytes of every rank and their peak in a step. Needs no data, processes or GPU.
 
-    print_estimate(load_config(config, overrides or ()), world_size=world, as_json=as_json)
+    Of a run of stages one after the other, or that of --stage.
+    """
+    from sisa_dist.training.estimate import print_estimate
+    from sisa_dist.training.stages import title
+
+    run = load_run(config, overrides or ())
+    if as_json and run.staged and stage is None:
+        raise UserError("--json is of one stage: name it by --stage")
+    for chosen in run.stages if stage is None else [run.named(stage)]:
+        if run.staged and not as_json:
+            print(title(run, chosen))
+        print_estimate(chosen.config, world_size=world, as_json=as_json)
 
 
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file: show and check its layout too.")] = None,
     overrides: Overrides = None,
+    stage: StageName = None,
 ) -> None:
     """Check this machine; with a CONFIG, under any launcher, also the mesh, the slices and that all ranks agree."""
     from sisa_dist.training.doctor import diagnose
@@ -161,9 +203,12 @@ def doctor(
     if config is not None:
         from sisa_dist.training.layout import diagnose_layout
 
-        passed = diagnose_layout(load_config(config, overrides or ())) and passed
-    elif overrides:
-        raise UserError("--set has no effect without a CONFIG: name the run's YAML file")
+        run = load_run(config, overrides or ())
+        if run.staged and stage is None:
+            raise UserError(f"a launch is of one stage: name it by --stage: {', '.join(s.name for s in run.stages)}")
+        passed = diagnose_layout((run.named(stage) if stage else run.stages[0]).config) and passed
+    elif overrides or stage:
+        raise UserError("--set and --stage have no effect without a CONFIG: name the run's YAML file")
     raise typer.Exit(0 if passed else 1)
 
 

@@ -87,10 +87,10 @@ def show(
             raise UserError(f"{name} has no effect without {needs}: add it, or leave {name} out")
     console = Console(highlight=False)
     if step is not None:
-        from sisa_dist.config import load_config
+        from sisa_dist.config import load_run
         from sisa_dist.training.show_step import served_in
 
-        shown = served_in(load_config(Path(place), overrides or ()), step)
+        shown = served_in(load_run(Path(place), overrides or ()), step)
         if slot is not None and slot >= len(shown.windows):
             raise UserError(f"--slot {slot}: the step has slots 0 to {len(shown.windows) - 1}")
         known = "as metrics.jsonl says" if shown.checked else "the run has no such step in metrics.jsonl yet"

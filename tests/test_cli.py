@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runs import staged
 from sisa_dist import cli
 from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.checkpoint.manifest import read_manifest, write_manifest
@@ -199,3 +200,34 @@ def test_a_checkpoint_without_a_tokenizer_is_told_how_to_get_one(
         code, _, error = run(monkeypatch, capsys, *command, str(checkpoint))
         assert code == 2 and len(error.splitlines()) == 1
         assert "came without a tokenizer" in error and "--to native --tokenizer FILE" in error
+
+
+def test_a_run_of_stages_is_shown_prepared_and_estimated(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    second = {"name": "b", "steps": 3, "moments": "reset", "parallel": {"tp": 2, "dp": 2}, "model": {"rope_theta": 2e4}}
+    staged(tiny, tmp_path, [{"name": "a", "steps": 4}, second])
+    path = str(tmp_path / "run.yaml")
+
+    def sisa(*arguments: str, code: int = 0) -> str:
+        found, out, err = run(monkeypatch, capsys, *arguments)
+        assert found == code, err
+        return err if code else out
+
+    said = sisa("stages", path)
+    assert "stage a (1 of 2): steps 1 to 4\n" in said and "stage b (2 of 2): steps 5 to 7, moments made anew\n" in said
+    marked = [line for line in said.splitlines() if line.startswith("*")]
+    assert [line.split(":")[0][2:] for line in marked] == [
+        "model.rope_theta",
+        "parallel.tp",
+        "parallel.dp",
+        "schedule.first_step",
+        "training.steps",
+    ]
+    assert sisa("stages", path, "--processes") == "all\n"
+    assert sisa("stages", path, "--processes", "--set", "stages.a.parallel.dp=3") == "3\n"
+    assert "no entry has the name c: it has a, b" in sisa("stages", path, "--set", "stages.c.steps=1", code=2)
+    assert sisa("prepare", path).count("up to date") == 2
+    assert "a launch is of one stage: name it by --stage: a, b" in sisa("doctor", path, code=2)
+    assert "--json is of one stage" in sisa("estimate", path, "--json", code=2)
+    assert "no stage is called c: it has a, b" in sisa("estimate", path, "--stage", "c", code=2)

@@ -18,7 +18,7 @@ from data_pipeline.reindex import reindex
 from runs import losses
 from samples import npy, write_tar
 from sisa_dist import cli
-from sisa_dist.config import RunConfig, UserError, dump_config, parse_config
+from sisa_dist.config import Run, RunConfig, UserError, dump_config, parse_config
 from sisa_dist.training.run_data import open_data
 from sisa_dist.training.trainer import train
 
@@ -182,7 +182,7 @@ def test_a_step_is_shown_as_it_was_served(sisa, tiny: RunConfig, tmp_path: Path)
     data = open_data(tiny)
     with open_loader(tiny, data).steps(2 * 4) as stream:
         rows = [row for batch in next(stream).micro_batches for row in batch.tokens.tolist()]
-    for row, window in zip(rows, served_in(tiny, 3).windows, strict=True):
+    for row, window in zip(rows, served_in(Run.of(tiny), 3).windows, strict=True):
         shown = np.concatenate([piece.ids for piece in window.pieces]).tolist()
         assert shown[:64] == row and isinstance(data.tokenizer, Tokenizer)
     code, _, err = sisa("show", config, "--step", 3, "--set", "data.lanes=2")

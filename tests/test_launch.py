@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ echo "$(basename "$0") $*" >>"$LOG"
 case "$*" in
 "-m venv"*) mkdir -p "${!#}/bin"; for tool in python sisa torchrun deepspeed; do cp "$0" "${!#}/bin/$tool"; done ;;
 *device_count*) echo "${GPUS:-0}" ;;
-*" train "* | "train "*) env | grep -E "^($NAMES)=" | sort >>"$LOG" ;;
+"stages --processes "*) head -n 1 "$LOG.stages" 2>/dev/null ;;
+*" train "* | "train "*)
+    if [ -s "$LOG.stages" ]; then # the stage is done; another comes
+        eval "${DURING:-}"
+        sed -i 1d "$LOG.stages"
+        [ ! -s "$LOG.stages" ] || exit 76
+    fi
+    env | grep -E "^($NAMES)=" | sort >>"$LOG" ;;
 *"--editable"*) env | grep -E "^DS_" | sort >>"$LOG" ;;
 esac
 exit "${CODE:-0}"
@@ -41,6 +49,7 @@ esac
 GETENT = '#!/bin/bash\n[ "$2" = n1 ] && echo "10.0.0.1       STREAM n1" || echo "127.0.1.1  STREAM $2"\n'
 SLURM = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 SLURM |= {"SLURM_TASKS_PER_NODE": "2(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+TORCHRUN = "python -m sisa_dist.torchrun"
 BROKEN = '#!/bin/bash\n[ "$*" != "-m pip --version" ]\n'
 
 
@@ -85,9 +94,10 @@ def launch(
 
 
 def after_preparing(found: list[str], prepared: str) -> list[str]:
-    found = [line for line in found if not line.startswith("python ")]
-    assert found[0] == prepared
-    return found[1:]
+    """Without what it asks: for GPUs, and for the stages of the run, of which there are none."""
+    found = [line for line in found if not line.startswith(("python -c", "python -m pip"))]
+    assert found[0].startswith("sisa stages --processes ") and found[1] == prepared
+    return found[2:]
 
 
 def test_a_fresh_clone_trains_after_preparing(clone: Path) -> None:
@@ -96,9 +106,9 @@ def test_a_fresh_clone_trains_after_preparing(clone: Path) -> None:
     assert "python3 -m venv --clear .venv" in first and any("--editable .[test,deepspeed]" in line for line in first)
     assert "DS_BUILD_OPS=0" in first and "DS_ACCELERATOR=cpu" in first
     prepared, trains = "sisa prepare c.yaml --set name=a b", "train c.yaml --accept-changes --set name=a b"
-    for gpus, launcher in (("1", "sisa"), ("2", "torchrun --standalone --nproc-per-node 2 -m sisa_dist.cli")):
+    for gpus, launcher in (("1", "sisa"), ("2", f"{TORCHRUN} --standalone --nproc-per-node 2 -m sisa_dist.cli")):
         found = launch(clone, *train, GPUS=gpus)
-        assert [line for line in found if not line.startswith("python ")] == [prepared, f"{launcher} {trains}"]
+        assert after_preparing(found, prepared) == [f"{launcher} {trains}"]
     assert launch(clone, *train, RANK="1", GPUS="8") == [f"sisa {trains}"]
     assert launch(clone, "train", code=2) == []
 
@@ -124,6 +134,72 @@ def test_the_exit_code_is_the_commands(clone: Path) -> None:
     assert launch(clone, "train", "c.yaml", RANK="0", CODE="75", code=75) == ["sisa train c.yaml"]
 
 
+def stages(clone: Path, *processes: str) -> None:
+    (clone / "log.stages").write_text("".join(f"{number}\n" for number in processes), encoding="utf-8")
+
+
+def test_stages_are_started_one_after_another_on_what_each_wants(clone: Path) -> None:
+    launch(clone, "setup")
+    train = ("train", "c.yaml", "--set", "a=b c")
+    stages(clone, "2", "all", "4", "1")
+    found = [line for line in launch(clone, *train, NPROC="3") if not line.startswith("python -c")]
+    asks, prepares, trains = (
+        f"{said} c.yaml --set a=b c" for said in ("sisa stages --processes", "sisa prepare", "train")
+    )
+    starts = [f"{TORCHRUN} --standalone --nproc-per-node {n} -m sisa_dist.cli {trains}" for n in (2, 3, 4)]
+    assert found == [line for start in [*starts, f"sisa {trains}"] for line in (asks, prepares, start)]
+    stages(clone, "all", "4")
+    found = launch(clone, *train, NNODES="2", RDZV="n1:29400")
+    begun = [line.split(" --rdzv")[0] for line in found if line.startswith(TORCHRUN)]
+    assert begun == [f"{TORCHRUN} --nnodes 2 --nproc-per-node {n}" for n in (1, 2)]
+    stages(clone, "3")
+    launch(clone, *train, NNODES="2", RDZV="n1:29400", code=2, says="wants 3 processes, which 2 hosts cannot share")
+
+
+@pytest.mark.parametrize("signal", ["TERM", "USR1", "INT"])
+def test_a_signal_during_stages_reaches_what_trains_and_no_other_begins(clone: Path, signal: str) -> None:
+    launch(clone, "setup")
+    sent = "USR1" if signal == "USR1" else "TERM"
+    saves = (
+        f"trap 'echo got {sent} >>$LOG; exit 75' {sent}; kill -{signal} $PPID; for i in $(seq 50); do sleep 0.1; done"
+    )
+    stages(clone, "all", "all")
+    found = launch(clone, "train", "c.yaml", DURING=saves, code=75)
+    assert found[-1] == f"got {sent}" and found.count("sisa train c.yaml") == 1
+    # It ends by itself, with the stage: as if asked to be run again.
+    stages(clone, "all", "all")
+    ends = f"trap : {sent}; kill -{signal} $PPID; sleep 0.2"
+    found = launch(clone, "train", "c.yaml", DURING=ends, code=75)
+    assert found.count("sisa train c.yaml") == 1
+
+
+def test_another_exit_code_ends_the_stages(clone: Path) -> None:
+    launch(clone, "setup")
+    stages(clone, "all", "all")
+    assert launch(clone, "train", "c.yaml", DURING="exit 3", code=3).count("sisa train c.yaml") == 1
+
+
+def test_torchrun_leaves_with_the_code_of_its_ranks(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(76)\n", encoding="utf-8")
+    command = [sys.executable, "-m", "sisa_dist.torchrun", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*command, str(tmp_path / "leaves.py")], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 76 and "ChildFailedError" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("code", [1, -9])
+def test_torchrun_reports_a_rank_that_failed(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    import sisa_dist.torchrun
+
+    def fails(arguments: list[str] | None) -> None:
+        raise ChildFailedError("train", {0: ProcessFailure(0, 1, code, "<N/A>")})
+
+    monkeypatch.setattr(sisa_dist.torchrun, "torchrun", fails)
+    with pytest.raises(ChildFailedError):
+        sisa_dist.torchrun.main([])
+
+
 def test_torchrun_on_several_hosts(clone: Path) -> None:
     launch(clone, "setup")
     train, names = ("train", "c.yaml", "--set", "a=b c"), "DS_ACCELERATOR|GLOO_SOCKET_IFNAME"
@@ -131,7 +207,7 @@ def test_torchrun_on_several_hosts(clone: Path) -> None:
     trains = "-m sisa_dist.cli train c.yaml --set a=b c"
     found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400")
     assert after_preparing(found, "sisa prepare c.yaml --set a=b c") == [
-        f"torchrun --nnodes 2 --nproc-per-node 1 {rendezvous} {trains}",
+        f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {rendezvous} {trains}",
         "DS_ACCELERATOR=cpu",
         "GLOO_SOCKET_IFNAME=eth0",
     ]
@@ -139,7 +215,9 @@ def test_torchrun_on_several_hosts(clone: Path) -> None:
     assert launch(clone, *train, names=names, NNODES="2", RDZV="me:29400")[-1] == "GLOO_SOCKET_IFNAME=eth9"
     for node, keeps in (("0", "true"), ("1", "false")):
         found = launch(clone, *train, names=names, NNODES="2", RDZV="n1:29400", NODE_RANK=node, GPUS="8")
-        assert found[-1] == f"torchrun --nnodes 2 --nproc-per-node 8 {rendezvous} --rdzv-conf is_host={keeps} {trains}"
+        assert (
+            found[-1] == f"{TORCHRUN} --nnodes 2 --nproc-per-node 8 {rendezvous} --rdzv-conf is_host={keeps} {trains}"
+        )
         assert ("sisa prepare c.yaml --set a=b c" in found) == (node == "0")
     launch(clone, *train, code=2, says="set NNODES", RDZV="n1:29400")
     launch(clone, *train, code=2, says="set RDZV=host:port", NNODES="2")
@@ -254,7 +332,7 @@ def test_help_names_every_command(clone: Path) -> None:
         "compare",
         "test",
         "train CONFIG",
-        "prepare|data|eval|lm-eval|generate|doctor",
+        "prepare|data|eval|lm-eval|generate|stages|estimate|doctor",
         "setup",
     ):
         assert f"./launch.sh {command}" in said

@@ -13,7 +13,7 @@ from pathlib import Path
 from sisa_dist.checkpoint import Damaged, Saver, TrainState, list_checkpoints, read_state, read_tensors, verify
 from sisa_dist.checkpoint.differences import check_model
 from sisa_dist.checkpoint.folder import set_aside
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import Run, RunConfig, UserError
 from sisa_dist.engine import Engine, build_engine
 from sisa_dist.evaluation.parity import Parity
 from sisa_dist.evaluation.recall import Recall
@@ -51,7 +51,7 @@ def train_task(config: RunConfig, kind: str, folder: Path) -> Engine:
         mesh = init_mesh(config.parallel, device=config.device)
         assert mesh.world_size == 1, "tasks are trained on one process"
         with own_run_folder(folder, mesh):
-            open_run_folder(folder, config, mesh, resumes=bool(list_checkpoints(folder)))
+            open_run_folder(folder, Run.of(config), mesh, resumes=bool(list_checkpoints(folder)))
             engine = build_engine(config, mesh)
             state = _begin(config, folder, engine, mesh, described=repr(task))
             metrics = Metrics(folder, config, step=state.step)

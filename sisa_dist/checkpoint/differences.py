@@ -14,55 +14,34 @@ from data_pipeline.tokenizer import TOKENIZER_FILES, Tokenizer
 from sisa_dist.checkpoint.manifest import read_manifest
 from sisa_dist.checkpoint.state import TrainState
 from sisa_dist.config import ModelConfig, UserError, load_config
-from sisa_dist.config.experts import TRAINING_KEYS
-from sisa_dist.config.mixers import SECTION_DEFAULTS, SECTIONS
-from sisa_dist.config.model import uses
+from sisa_dist.config.parameters import first_leaf, other_function, other_parameters
 
 _log = logging.getLogger(__name__)
 
-# Keys of ModelConfig that leave names and shapes of parameters alone: a new stage may change them, and it is said.
-FUNCTION_KEYS = ("init_std", "log_alpha_min", "norm_eps", "rope_scaling", "rope_theta")
 
+def check_model(checkpoint: Path, model: ModelConfig) -> list[str]:
+    """Raises UserError where `model` has other parameters than the checkpoint's. Another function of them is said.
 
-def check_model(checkpoint: Path, model: ModelConfig) -> None:
-    """Raises UserError where `model` has other parameters than the checkpoint's. Another function of them is said."""
-    stored = _function(load_config(checkpoint / "config.yaml").model)
-    for key, wanted in _function(model).items():
-        if key in FUNCTION_KEYS and key != "init_std" and stored[key] != wanted:
-            _log.warning(
-                "%s: model.%s is %r there and %r here: the model computes something else from here on",
-                checkpoint,
-                key,
-                stored[key],
-                wanted,
-            )
-        if key not in FUNCTION_KEYS and stored[key] != wanted:
-            leaf, there, here = _first_leaf(f"model.{key}", stored[key], wanted)
-            raise UserError(
-                f"{checkpoint}: another model: its {leaf} is {there!r}, the config says {here!r}: set {leaf} to what "
-                "it is there, or name another checkpoint"
-            )
-
-
-def _function(model: ModelConfig) -> dict[str, Any]:
-    """What the model computes from its weights, and which it has. A section left out is one with its defaults."""
-    tree = model.model_dump()
-    for key in SECTIONS:
-        if key in SECTION_DEFAULTS and uses(model, key):
-            tree[key] = tree[key] or SECTION_DEFAULTS[key]().model_dump()
-    for section, keys in (("moe", TRAINING_KEYS), ("ssm", ("chunk",))):
-        if tree[section] is not None:
-            tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
-    return tree
-
-
-def _first_leaf(key: str, there: Any, here: Any) -> tuple[str, Any, Any]:
-    """The first key inside a section at which they differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in sorted(there.keys() | here.keys()):
-            if there.get(name) != here.get(name):
-                return _first_leaf(f"{key}.{name}", there.get(name), here.get(name))
-    return key, there, here
+    Returns the keys by which the function is another.
+    """
+    stored = load_config(checkpoint / "config.yaml").model
+    changed = other_function(stored, model)
+    for key in changed:
+        _log.warning(
+            "%s: model.%s is %r there and %r here: the model computes something else from here on",
+            checkpoint,
+            key,
+            getattr(stored, key),
+            getattr(model, key),
+        )
+    other = other_parameters(stored, model)
+    if other is not None:
+        leaf, there, here = first_leaf(stored, model, other)
+        raise UserError(
+            f"{checkpoint}: another model: its {leaf} is {there!r}, the config says {here!r}: set {leaf} to what it is "
+            "there, or name another checkpoint"
+        )
+    return changed
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Tokenizer) -> None:

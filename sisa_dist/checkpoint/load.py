@@ -38,15 +38,17 @@ def load_checkpoint(
     loader: Loader,
     mesh: Mesh,
     new_stage: bool = False,
+    moments: bool = True,
 ) -> TrainState:
     """Resume: weights, moments, Adam's step and the guard go into `engine`; returns where the run stood. Collective.
 
     Raises Damaged where a file is not what was written, UserError where the model, the tokenizer or the data is
     another's or there are no moments; nothing is then loaded. With `new_stage` the data may be served in another order
-    than the checkpoint's: `loader`'s then begins, with what is unread (carry_data).
+    than the checkpoint's: `loader`'s then begins, with what is unread (carry_data). Without `moments` the optimizer
+    has no memory, and neither has the guard.
     """
     verify(checkpoint, mesh)
-    check_model(checkpoint, model)
+    changed = check_model(checkpoint, model)
     check_tokenizer(checkpoint, tokenizer)
     state = read_state(checkpoint)
     if state.weights_only:
@@ -54,13 +56,20 @@ def load_checkpoint(
             f"{checkpoint}: holds weights and no moments, so there is no run to resume: begin one from them by "
             f"start.weights={checkpoint}"
         )
+    order = state.fingerprint
     if new_stage:
         state = carry_data(checkpoint, state, loader)
     else:
         check_data(checkpoint, loader.describe())
-    read_tensors(engine.state_tensors(), checkpoint)
-    engine.set_step(state.step - state.skipped)
-    if state.guard:  # none before there was a guard
+    tensors = engine.state_tensors()
+    if not moments:
+        state = state.without_moments()
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    read_tensors(tensors, checkpoint)
+    engine.set_step(state.updates)
+    # Of another order or function the losses are others, and the first of them would be taken for spikes.
+    same = moments and not changed and state.fingerprint == order
+    if same and state.guard:  # none before there was a guard
         engine.guard.load(state.guard)
     return state
 

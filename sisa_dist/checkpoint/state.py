@@ -24,7 +24,17 @@ class TrainState:
     evaluation_due: bool = False  # the evaluation after this step was cut short by a request to stop
     guard: list[float] = field(default_factory=list)  # Guard.state(), as of a save
     stage: dict[str, Any] | None = None  # where the stage of the data began, small JSON (Stage.carry); None: the first
+    forgotten: int = 0  # updates before the moments were last made anew: Adam counts from there
     weights_only: bool = False  # the checkpoint holds no moments: a run can begin from it, none can resume
+
+    @property
+    def updates(self) -> int:
+        """Adam's step: how often the moments that there are were changed."""
+        return self.step - self.skipped - self.forgotten
+
+    def without_moments(self) -> TrainState:
+        """Where a stage begins that resets them."""
+        return replace(self, forgotten=self.step - self.skipped)
 
     def after(self, result: StepResult, *, cursor: int, seconds: float) -> TrainState:
         return replace(

@@ -19,6 +19,7 @@ from sisa_dist.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
+from sisa_dist.config.stages import Run, RunStage, load_run
 
 __all__ = [
     "AttentionConfig",
@@ -32,7 +33,9 @@ __all__ = [
     "ParallelConfig",
     "ProfileConfig",
     "RopeScalingConfig",
+    "Run",
     "RunConfig",
+    "RunStage",
     "ScheduleConfig",
     "SourceConfig",
     "TokenizerConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "UserError",
     "dump_config",
     "load_config",
+    "load_run",
     "parse_config",
     "replace_file",
     "sync",

@@ -39,8 +39,19 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run described by the YAML file `path`, with `overrides` like "training.steps=200" laid over it.
 
-    A file may say `extends: other.yaml` (relative to itself); that file may not extend another.
-    Raises UserError, one line that names the key and the remedy.
+    Raises UserError, one line that names the key and the remedy; of a run of stages too, which load_run reads.
+    """
+    tree = read_tree(path, overrides)
+    if "stages" in tree:
+        raise UserError(f"{path}: a run of stages, and one config is wanted here: give that of one stage")
+    return parse_config(tree, source=str(path))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The YAML file `path` with `overrides`, unchecked.
+
+    A file may say `extends: other.yaml` (relative to itself); that file may not extend another. An entry of a list is
+    named by its `name`: stages.NAME.training.seq_len=8192.
     """
     path = Path(path)
     tree = _read_yaml(path)
@@ -50,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         parent = _read_yaml(path.parent / base)
         if "extends" in parent:
             raise UserError(f"{path}: extends: {base} itself extends {parent['extends']}: only one level is allowed")
-        tree = _merge(parent, tree)
+        tree = merge(parent, tree)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -62,7 +73,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except UserError as error:
             raise UserError(f"--set {override}: {error}") from None
         _set_dotted(tree, key, value)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], *, source: str) -> RunConfig:
@@ -94,21 +105,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, key by key; lists are replaced whole."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
+        merged[key] = merge(base[key], value) if both else value
     return merged
 
 
 def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
+    here: Any = tree
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        here = _entry(here, parent, dotted) if isinstance(here, list) else here.setdefault(parent, {})
+        if not isinstance(here, dict | list):
             raise UserError(f"--set {dotted}: {parent} is a value, it has no keys below it")
-    tree[leaf] = value
+    if isinstance(here, list):
+        raise UserError(f"--set {dotted}: name a key of {leaf}, for example {dotted}.training.seq_len")
+    here[leaf] = value
+
+
+def _entry(entries: list[Any], name: str, dotted: str) -> Any:
+    """The one of a list of mappings that is called `name`."""
+    named = {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
+    if name not in named:
+        known = f"it has {', '.join(named)}" if named else "its entries have none"
+        raise UserError(f"--set {dotted}: no entry has the name {name}: {known}")
+    return named[name]
 
 
 def _explain(error: ValidationError) -> str:

@@ -112,6 +112,8 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 500
     decay_steps: PositiveInt | None = None  # wsd only: length of the final linear decay
+    first_step: NonNegativeInt | None = None  # steps before its warm-up; None: 0, or those before the stage of a run
+    end_step: PositiveInt | None = None  # where its decay ends; None: training.steps, which is then a stage's last step
     final_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
 
     @_model_validator(mode="after")
@@ -241,12 +243,7 @@ class RunConfig(Section):
 
     @_model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        spent = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
-        if spent > self.training.steps:
-            raise ValueError(
-                f"schedule.warmup_steps + schedule.decay_steps = {spent} exceed training.steps {self.training.steps}: "
-                f"lower them or set training.steps to at least {spent}"
-            )
+        self._check_schedule()
         if self.parallel.sequence_parallel and self.training.seq_len % self.parallel.tp:
             tp, seq_len = self.parallel.tp, self.training.seq_len
             raise ValueError(
@@ -262,6 +259,23 @@ class RunConfig(Section):
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")
         return self
+
+    def _check_schedule(self) -> None:
+        schedule, steps = self.schedule, self.training.steps
+        first, end = schedule.first_step or 0, schedule.end_step or steps
+        spent = schedule.warmup_steps + (schedule.decay_steps or 0)
+        if first >= steps:
+            raise ValueError(f"schedule.first_step {first} is not before training.steps {steps}: lower it")
+        if end < steps:
+            raise ValueError(
+                f"schedule.end_step {end} is before training.steps {steps}: set it to {steps} or more, or remove it"
+            )
+        if spent > end - first:
+            span = f"training.steps {steps}" if end - first == steps else f"the {end - first} steps of the schedule"
+            raise ValueError(
+                f"schedule.warmup_steps + schedule.decay_steps = {spent} exceed {span}: lower them or set "
+                f"training.steps to at least {first + spent}"
+            )
 
     def _check_experts(self) -> None:
         ep, experts, engine = self.parallel.ep, self.model.experts, self.engine

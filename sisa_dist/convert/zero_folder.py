@@ -60,7 +60,7 @@ def write(path: Path, opened: Opened, source: TensorSource, target: Target) -> N
         source,
         path,
         config=opened.run_config(),
-        step=state["step"] - state.get("skipped", 0),
+        step=state["step"] - state.get("skipped", 0) - state.get("forgotten", 0),
         stage=target.zero_stage,
         dp=target.dp,
         tp=target.tp,

@@ -24,7 +24,9 @@ class Metrics:
     but for `dropped_digests`, of the samples of those steps.
     """
 
-    def __init__(self, run_folder: Path, config: RunConfig, *, step: int) -> None:
+    def __init__(self, run_folder: Path, config: RunConfig, *, step: int, stage: int | None = None) -> None:
+        """`stage`: what every record says, in a run of stages."""
+        self._always = {} if stage is None else {"stage": stage}
         path = run_folder / "metrics.jsonl"
         dropped = keep_until(path, step)
         self.dropped_digests = {r["step"]: r["digest"] for r in dropped if r["kind"] == "train" and "digest" in r}
@@ -52,7 +54,7 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         try:
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.write(json.dumps({"kind": kind, "step": step, **self._always, **values}) + "\n")
             self._file.flush()
         except OSError as error:  # without the name of a file: it is open
             raise UserError(
@@ -60,7 +62,7 @@ class Metrics:
                 "the newest checkpoint"
             ) from None
         if self._wandb is not None:
-            flat: dict[str, Any] = {}
+            flat: dict[str, Any] = dict(self._always)
             for name, value in values.items():
                 if isinstance(value, list):
                     numbers = enumerate(min(v) if isinstance(v, list) else v for v in value)  # of experts the least

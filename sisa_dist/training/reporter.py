@@ -27,16 +27,27 @@ _REMEDIES = {
 
 class Reporter:
     def __init__(
-        self, config: RunConfig, run_folder: Path, mesh: Mesh, *, state: TrainState, same: bool, quiet: bool
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        mesh: Mesh,
+        *,
+        state: TrainState,
+        same: bool,
+        quiet: bool,
+        stage: int | None = None,
     ) -> None:
-        """`same`: the run goes on as it was, so that steps done again must read what metrics.jsonl has of them."""
+        """`same`: the run goes on as it was, so that steps done again must read what metrics.jsonl has of them.
+
+        `stage`: the number that every record carries, in a run of stages.
+        """
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._device = mesh.device
         self._peak = peak_flops(mesh.device, dtype)
         if mesh.device.type != "cpu":  # ranks of one host share its cores
             self._peak *= mesh.world_size
         self._flops_per_token = training_flops_per_token(config.model, config.training.seq_len)
-        self._metrics = Metrics(run_folder, config, step=state.step)
+        self._metrics = Metrics(run_folder, config, step=state.step, stage=stage)
         self._digests = self._metrics.dropped_digests if same and state.step else {}
         self._shares = config.data.shares
         self._balance = config.model.moe.balance if config.model.moe is not None else "none"

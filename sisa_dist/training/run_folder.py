@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.building import locked
-from sisa_dist.config import RunConfig, UserError, dump_config, load_config, replace_file
+from sisa_dist.config import Run, RunConfig, UserError, load_config, load_run, replace_file
 from sisa_dist.parallel.mesh import Mesh
 
 # Keys that change speed, layout or reporting but not the result may differ between sittings of one run.
@@ -80,46 +80,66 @@ def own_run_folder(folder: Path, mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def open_run_folder(
-    folder: Path, config: RunConfig, mesh: Mesh, *, resumes: bool, accept_changes: bool = False
-) -> None:
-    """Store the resolved config as config.yaml in `folder`; when it resumes, compare with the stored one first."""
+def open_run_folder(folder: Path, run: Run, mesh: Mesh, *, resumes: bool, accept_changes: bool = False) -> None:
+    """Store the run as config.yaml in `folder`; when it resumes, compare with the stored one first."""
     stored = folder / "config.yaml"
     if resumes and stored.is_file() and not accept_changes:
-        refuse_changes(stored, config, remedy="set another output_dir to start anew")
+        _refuse_other_run(stored, run)
     if mesh.is_main:
-        replace_file(stored, dump_config(config))
+        replace_file(stored, run.text)
     mesh.barrier()
 
 
-def refuse_changes(stored: Path, config: RunConfig, *, remedy: str, new_stage: bool | None = None) -> None:
-    """Raises UserError where `config` would not go on as the run whose config.yaml is `stored`.
-
-    `new_stage`: whether it may go on as a new stage of the data; None where that is not for a config to say.
-    """
-    free = (*_FREE, *_OF_A_STAGE) if new_stage else _FREE
-    differs = _first_difference(load_config(stored).model_dump(), config.model_dump(), free)
+def _refuse_other_run(stored: Path, run: Run) -> None:
+    """Stages are compared one by one, in what each does."""
+    old = load_run(stored)
+    differs: tuple[str, Any, Any] | None = None
+    for before, after in zip(old.stages, run.stages, strict=False):
+        at = f"stages.{after.name}." if run.staged else ""
+        differs = _first_difference(before.config.model_dump(), after.config.model_dump(), _FREE, at)
+        if differs is None and before.moments != after.moments:
+            differs = (f"{at}moments", before.moments, after.moments)
+        if before.name != after.name or differs:
+            break
+    names, wanted = [stage.name for stage in old.stages], [stage.name for stage in run.stages]
+    if names != wanted:
+        differs = ("stages", names, wanted)
     if differs is not None:
-        key, old, new = differs
-        if new_stage is False and key.startswith(_OF_A_STAGE):
+        raise _changed(stored, *differs, remedy="set another output_dir to start anew")
+
+
+def refuse_changes(source: Path, config: RunConfig, *, new_stage: bool) -> None:
+    """Raises UserError where `config` would not go on as the run did whose checkpoint wrote config.yaml `source`.
+
+    `new_stage`: whether it may go on as a new stage of the data.
+    """
+    free, remedy = (*_FREE, *_OF_A_STAGE) if new_stage else _FREE, "set it as it was there"
+    differs = _first_difference(load_config(source).model_dump(), config.model_dump(), free)
+    if differs is not None:
+        if not new_stage and differs[0].startswith(_OF_A_STAGE):
             remedy += ", begin a new stage of the data by start.data=continue"
-        raise UserError(
-            f"{stored.parent}: this run was started with {key}={old!r}, the config now says {new!r}: {remedy}, or "
-            "continue with the change by --accept-changes"
-        )
+        raise _changed(source, *differs, remedy=remedy)
+
+
+def _changed(stored: Path, key: str, old: Any, new: Any, *, remedy: str) -> UserError:
+    return UserError(
+        f"{stored.parent}: this run was started with {key}={old!r}, the config now says {new!r}: {remedy}, or "
+        "continue with the change by --accept-changes"
+    )
 
 
 def _first_difference(
-    old: dict[str, Any], new: dict[str, Any], free: Collection[str], prefix: str = ""
+    old: dict[str, Any], new: dict[str, Any], free: Collection[str], at: str = "", prefix: str = ""
 ) -> tuple[str, Any, Any] | None:
+    """(dotted key behind `at`, old value, new value)."""
     for key in sorted(old.keys() | new.keys()):
         dotted = prefix + key
         if dotted in free or _FREE_SOURCE.fullmatch(dotted) or old.get(key) == new.get(key):
             continue
         if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            inner = _first_difference(old[key], new[key], free, dotted + ".")
+            inner = _first_difference(old[key], new[key], free, at, dotted + ".")
             if inner is not None:
                 return inner
             continue
-        return dotted, old.get(key), new.get(key)
+        return at + dotted, old.get(key), new.get(key)
     return None

@@ -8,11 +8,16 @@ from sisa_dist.config import ScheduleConfig
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: ScheduleConfig) -> float:
-    """lr of 0-based `step` of `steps`: linear warm-up to peak, then
+    """lr of 0-based `step` of a run that ends at `steps`: linear warm-up to peak, then
 
     cosine: half a cosine from peak to peak · final_lr_ratio, reached one step after the last;
     wsd: peak until decay_steps before the end, then linear to peak · final_lr_ratio (Hu et al. 2024).
+
+    Begin and end are schedule.first_step and end_step, where they are set.
     """
+    first = schedule.first_step or 0
+    assert step >= first
+    step, steps = step - first, (schedule.end_step or steps) - first
     warmup = schedule.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.loader import Loader
 from data_pipeline.show import Piece, run_pieces
 from data_pipeline.tokenizer import Tokenizer
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.checkpoint.differences import carry_data
+from sisa_dist.checkpoint.folder import step_of
+from sisa_dist.config import Run, RunConfig, RunStage, UserError
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.run_data import open_data, open_loader
 
@@ -30,33 +33,18 @@ class ShownStep(NamedTuple):
     tokenizer: Tokenizer
 
 
-def served_in(config: RunConfig, step: int) -> ShownStep:
+def served_in(run: Run, step: int) -> ShownStep:
     """The global batch of step `step`, counted from 1, in the order of its slots.
 
     Raises UserError where the run served other windows then, or that cannot be told.
     """
-    training = config.training
-    if not 1 <= step <= training.steps:
-        raise UserError(f"--step {step}: the run has steps 1 to {training.steps}")
+    if not 1 <= step <= run.stages[-1].end_step:
+        raise UserError(f"--step {step}: the run has steps 1 to {run.stages[-1].end_step}")
+    stage = run.stage_of(step - 1)
+    config = stage.config
     data = open_data(config)
     loader = open_loader(config, data)
-    cursor, begun = (step - 1) * training.global_batch_windows, None
-    checkpoints = list_checkpoints(Path(config.output_dir))
-    if config.start.data == "continue" and not checkpoints:
-        raise UserError(
-            f"--step {step}: the run goes on where another stopped, and has no checkpoint yet that says where that was"
-        )
-    for checkpoint in reversed(checkpoints):
-        state = read_state(checkpoint)
-        if state.fingerprint == loader.fingerprint:
-            cursor = state.cursor - (state.step - step + 1) * training.global_batch_windows
-            begun = state.stage
-            break
-    if cursor < 0:
-        raise UserError(
-            f"--step {step}: before the stage of data that {config.output_dir} is in: name the config of the run that "
-            "stage followed"
-        )
+    cursor, begun = _place(stage, loader, step)
     loader.begin(begun)
     digest = loader.digest(cursor)
     said = _said(config, step)
@@ -71,6 +59,37 @@ def served_in(config: RunConfig, step: int) -> ShownStep:
         title = f"slot {slot}: {place.source}, epoch {place.epoch}, window {place.window}"
         windows.append(ShownWindow(title, run_pieces(source.index, source.runs(place))))
     return ShownStep(digest, said is not None, windows, data.tokenizer)
+
+
+def _place(stage: RunStage, loader: Loader, step: int) -> tuple[int, dict[str, Any] | None]:
+    """(cursor of `step`, where its stage of the data began), by the checkpoints that there are."""
+    config, windows = stage.config, stage.config.training.global_batch_windows
+    checkpoints = list_checkpoints(Path(config.output_dir))
+    if config.start.data == "continue" and not checkpoints:
+        raise UserError(
+            f"--step {step}: the run goes on where another stopped, and has no checkpoint yet that says where that was"
+        )
+    for checkpoint in reversed(checkpoints):
+        if not stage.first_step <= step_of(checkpoint) <= stage.end_step:
+            continue
+        state = read_state(checkpoint)
+        if stage.number > 1 and state.step == stage.first_step:
+            state = carry_data(checkpoint, state, loader)
+        elif state.fingerprint != loader.fingerprint:
+            continue
+        cursor = state.cursor - (state.step - step + 1) * windows
+        if cursor >= 0:
+            return cursor, state.stage
+        raise UserError(
+            f"--step {step}: before the stage of data that {config.output_dir} is in: name the config of the run that "
+            "stage followed"
+        )
+    if stage.number > 1:
+        raise UserError(
+            f"--step {step}: of stage {stage.name}, of which {config.output_dir} keeps no checkpoint that says where "
+            "its data began"
+        )
+    return (step - 1) * windows, None
 
 
 def _said(config: RunConfig, step: int) -> str | None:

@@ -13,18 +13,33 @@ from types import FrameType, TracebackType
 from typing import Any
 
 REQUEUE = os.EX_TEMPFAIL  # 75: saved, not finished; the same command goes on from there
+NEXT_STAGE = 76  # a stage is done and saved; the next wants processes of its own, which launch.sh starts
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Requeue(SystemExit):
-    """The run was asked to stop, has saved, and wants to be started again. Uncaught, it exits with code REQUEUE."""
+class Leave(SystemExit):
+    """The run has saved all it did and leaves with a code that says what next. Uncaught, it exits with that code."""
+
+    exit_code: int
 
     def __init__(self, message: str) -> None:
-        super().__init__(REQUEUE)
+        super().__init__(self.exit_code)
         self.message = message
 
     def __str__(self) -> str:
         return self.message
+
+
+class Requeue(Leave):
+    """It was asked to stop, and wants to be started again."""
+
+    exit_code = REQUEUE
+
+
+class NextStage(Leave):
+    """A stage is done, and this process cannot train the next."""
+
+    exit_code = NEXT_STAGE
 
 
 class StopRequest:

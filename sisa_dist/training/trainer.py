@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ import torch
 from data_pipeline.index import Index
 from data_pipeline.loader import Batch, Loader
 from sisa_dist.checkpoint import Saver, TrainState, list_checkpoints
-from sisa_dist.config import RunConfig, UserError
+from sisa_dist.config import Run, RunConfig, RunStage, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.parallel.mesh import Mesh, init_mesh
@@ -26,30 +27,67 @@ from sisa_dist.training.reporter import Reporter
 from sisa_dist.training.run_data import RunData, check_limits, held_out_batches, open_data, open_loader
 from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
-from sisa_dist.training.signals import REQUEUE, Requeue, StopRequest
+from sisa_dist.training.signals import NEXT_STAGE, REQUEUE, NextStage, Requeue, StopRequest
+from sisa_dist.training.stages import EarlierStage, check_stages, describe_stage, stage_to_train, title
 from sisa_dist.training.watchdog import Watchdog
 
 
-def train(config: RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
-    """Train `config` to its last step, from the newest checkpoint of its run folder if there is one.
+def train(run: Run | RunConfig, *, accept_changes: bool = False, quiet: bool = False) -> Path:
+    """Train `run` to its last step, from the newest checkpoint of its run folder if there is one.
 
     Returns the run folder. Collective over the processes of the launch. `accept_changes` continues a run whose
     config was changed in keys that alter the result. SIGTERM or SIGUSR1 at any rank ends it with a checkpoint and
     raises Requeue on every rank; a rank that dies or hangs ends all within training.timeout_minutes (watchdog.py).
+    A stage of another `parallel` or `engine` than the one before is not for these processes: NextStage is raised.
     """
-    check_tp(config.model, config.parallel.tp)
-    timeout = timedelta(minutes=config.training.timeout_minutes)
-    run_folder = Path(config.output_dir)
+    run = Run.of(run) if isinstance(run, RunConfig) else run
+    wide = run.stages[0].config  # for what all stages have alike
+    timeout, run_folder = timedelta(minutes=wide.training.timeout_minutes), Path(wide.output_dir)
+    stage = built = stage_to_train(run, run_folder)
     with StopRequest() as stop:
-        mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
-        data = open_data(config)
+        check_tp(stage.config.model, stage.config.parallel.tp)
+        mesh = init_mesh(stage.config.parallel, device=wide.device, timeout=timeout)
+        check_stages(run, first=stage)
+        data = open_data(stage.config)
         with own_run_folder(run_folder, mesh), Watchdog(mesh, run_folder, timeout=timeout, stop=stop):
-            _train(config, mesh, data, run_folder, stop, accept_changes=accept_changes, quiet=quiet)
-    return run_folder
+            resumes = bool(list_checkpoints(run_folder))
+            open_run_folder(run_folder, run, mesh, resumes=resumes, accept_changes=accept_changes)
+            while True:
+                try:
+                    _train(run, stage, mesh, data, run_folder, stop, accept_changes=accept_changes, quiet=quiet)
+                    if stage.number == len(run.stages):
+                        return run_folder
+                    stage = run.stages[stage.number]
+                except EarlierStage:
+                    stage = stage_to_train(run, run_folder)
+                _refuse_other_layout(stage, built, mesh, stop, quiet=quiet)
+                data = open_data(stage.config)
+                gc.collect()  # an engine is a knot of references, and the next needs its memory
+
+
+def _refuse_other_layout(stage: RunStage, built: RunStage, mesh: Mesh, stop: StopRequest, *, quiet: bool) -> None:
+    """Between stages: asked to stop, a run does not begin the next, and it trains none that is not like `built`.
+
+    Collective.
+    """
+    if mesh.max_over_all(torch.tensor(float(bool(stop)), device=mesh.device)).item():
+        raise Requeue(f"asked to stop before stage {stage.name}: run the same command again to go on")
+    if stage.like(built):
+        return
+    number = f"{stage.processes} process(es)" if stage.processes else "processes"
+    text = (
+        f"stage {stage.name} wants another layout (parallel, engine) than this launch: run the same command again, on "
+        f"{number} of its own (exit code {NEXT_STAGE}, on which launch.sh does so)"
+    )
+    if mesh.is_main and not quiet:
+        print(text, flush=True)
+    mesh.barrier()  # the first to leave ends the others
+    raise NextStage(text)
 
 
 def _train(
-    config: RunConfig,
+    run: Run,
+    stage: RunStage,
     mesh: Mesh,
     data: RunData,
     run_folder: Path,
@@ -58,14 +96,14 @@ def _train(
     accept_changes: bool,
     quiet: bool,
 ) -> None:
-    resumes = bool(list_checkpoints(run_folder))
-    open_run_folder(run_folder, config, mesh, resumes=resumes, accept_changes=accept_changes)
+    config = stage.config
     loader = open_loader(config, data, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size)
     mesh.enter("build")
     engine = build_engine(config, mesh)
     mesh.enter("load")
     state = begin(
-        config,
+        run,
+        stage,
         run_folder,
         engine,
         tokenizer=data.tokenizer,
@@ -73,10 +111,18 @@ def _train(
         mesh=mesh,
         accept_changes=accept_changes,
     )
+    if state.step < (config.schedule.first_step or 0):
+        raise UserError(f"schedule.first_step {config.schedule.first_step} is behind step {state.step}: lower it")
     left = config.training.steps - state.step
     check_limits(config, loader, windows=state.cursor + left * config.training.global_batch_windows)
+    if run.staged and mesh.is_main and not quiet:
+        new = state.step == stage.first_step
+        print(describe_stage(run, stage) if new else f"{title(run, stage)}: goes on at {state.step}", flush=True)
     same = not accept_changes
-    reporter = Reporter(config, run_folder, mesh, state=state, same=same, quiet=quiet) if mesh.is_main else None
+    number = stage.number if run.staged else None
+    reporter = None
+    if mesh.is_main:
+        reporter = Reporter(config, run_folder, mesh, state=state, same=same, quiet=quiet, stage=number)
     described = loader.describe()
     files = {**data.tokenizer.files, "data.json": json.dumps(described, indent=1).encode()}
     saver = Saver(run_folder, engine, config=config, files=files, mesh=mesh, failed=stop.ask)

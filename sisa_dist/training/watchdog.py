@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sisa_dist.config import UserError
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.heartbeat import IN_COLLECTIVE, Beat, HeartbeatFile, blame, path_of, process_state, read_beats
-from sisa_dist.training.signals import Requeue, StopRequest
+from sisa_dist.training.signals import Leave, StopRequest
 
 # Of the timeout: before NCCL's own watchdog aborts the process without a word of ours, and with time left to settle.
 _LIMIT = 0.85
@@ -64,7 +64,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, Requeue):
+        if error is not None and not isinstance(error, Leave):
             self._heartbeat.fail(f"{type(error).__name__}: {error}")
             if isinstance(error, Exception) and not isinstance(error, UserError) and self._mesh.world_size > 1:
                 # The thread goes on beating while we look, and tells nothing of its own meanwhile.
@@ -73,7 +73,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         self._mesh.pulse.listener = None
-        self._heartbeat.close(well=error is None or isinstance(error, Requeue))
+        self._heartbeat.close(well=error is None or isinstance(error, Leave))
 
     def _watch(self) -> None:
         patience = max(2.0, 4 * self._interval)  # for the main thread to see for itself what a lost peer does to it

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sisa_dist.config import UserError, dump_config, load_config, parse_config
+from sisa_dist.config import UserError, dump_config, load_config, load_run, parse_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -137,4 +137,5 @@ def test_every_shipped_config_is_valid() -> None:
     paths = sorted((ROOT / "configs").rglob("*.yaml"))
     assert len(paths) >= 16
     for path in paths:
-        assert parse_config(yaml.safe_load(dump_config(load_config(path))), source=str(path)) == load_config(path)
+        for stage in load_run(path).stages:
+            assert parse_config(yaml.safe_load(dump_config(stage.config)), source=str(path)) == stage.config

@@ -26,15 +26,12 @@ FEW_STEPS = [
     "training.checkpoint_every=null",
 ]
 # What `pip install` puts into .venv/bin, without a second installation.
-TOOLS = {"python": "", "sisa": "-m sisa_dist.cli", "torchrun": "-m torch.distributed.run"}
+TOOLS = {"python": "", "sisa": "-m sisa_dist.cli"}
 TOOLS |= {"deepspeed": "-m deepspeed.launcher.runner"}
 
 
-def make_clone(folder: Path) -> None:
-    """The repository in `folder` as a clone whose environment is made, with the data and the run `one` of one process.
-
-    launch.sh finds nothing to install there.
-    """
+def make_environment(folder: Path) -> None:
+    """The repository in `folder` as a clone whose environment is made: launch.sh finds nothing to install there."""
     (folder / "tools").mkdir()
     for name in ("launch.sh", "pyproject.toml", "constraints.txt", "tools/slurm_train.sbatch"):
         shutil.copy(ROOT / name, folder / name)
@@ -47,6 +44,11 @@ def make_clone(folder: Path) -> None:
         (tools / name).chmod(0o755)
     stamp = "cat pyproject.toml constraints.txt | cksum >.venv/.installed"
     subprocess.run(stamp, shell=True, cwd=folder, check=True)
+
+
+def make_clone(folder: Path) -> None:
+    """With the data and the run `one` of one process."""
+    make_environment(folder)
     for number, source in enumerate(sorted((ROOT / "data_pipeline").glob("*.py"))):
         shutil.copy(source, folder / f"{number}.txt")
     config = load_config(QUICKSTART, overrides(folder, "one"))

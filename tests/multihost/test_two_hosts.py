@@ -51,7 +51,8 @@ def test_torchrun_with_a_rendezvous(hosts: tuple[Host, Host], clone: Path) -> No
     codes, said = ended(*(h.start(*arguments(clone, "torchrun"), cwd=clone, environment=environment) for h in hosts))
     assert codes == [0, 0], said
     assert_like_one_process(clone, "torchrun")
-    assert "+ .venv/bin/torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint hosta:29417" in said
+    begun = "+ .venv/bin/python -m sisa_dist.torchrun --nnodes 2 --nproc-per-node 1"
+    assert f"{begun} --rdzv-backend c10d --rdzv-endpoint hosta:29417" in said
     assert all(f"+ GLOO_SOCKET_IFNAME=v{host.namespace}" in said for host in hosts)
 
 
