@@ -9,6 +9,8 @@ from pydantic import model_validator as _model_validator
 
 from sisa_dist.config.section import Section
 
+LATTICE = 8  # of channels per head: kernels are made for multiples of it
+
 
 class LearnedDsConfig(Section):
     """`max` channels per head in every layer that has d_s, in pairs with a gate each (model/gates.py).
@@ -26,8 +28,10 @@ class LearnedDsConfig(Section):
 
     @_model_validator(mode="after")
     def _consistent(self) -> LearnedDsConfig:
-        if self.max % 2:
-            raise ValueError(f"max {self.max} is odd and channels turn in pairs: set {self.max + 1}")
+        if self.max % LATTICE:
+            below = self.max // LATTICE * LATTICE
+            near = " or ".join(str(n) for n in (below, below + LATTICE) if n)
+            raise ValueError(f"max {self.max} is not a multiple of {LATTICE}, which kernels take: set {near}")
         if (self.budget is None) == (self.penalty is None):
             raise ValueError("give either budget, a mean d_s to end with, or penalty, nats for all channels")
         if self.budget is not None and not 2 <= self.budget < self.max:

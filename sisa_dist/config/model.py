@@ -233,7 +233,7 @@ class ModelConfig(Section):
         """SSM channels per head of every layer; 0 where the mixer has none. Learned ones: those that are there."""
         if isinstance(self.d_s, list):
             return list(self.d_s)
-        d_s = self.learned_d_s.max if self.learned_d_s else self.d_s
+        d_s = self.d_s.max if isinstance(self.d_s, LearnedDsConfig) else self.d_s
         return [(d_s or 0) if "d_s" in MIXER_NAMES[mixer] else 0 for mixer in self.layer_mixers]
 
     @_model_validator(mode="after")
@@ -340,8 +340,8 @@ class ModelConfig(Section):
                 raise ValueError(f"ffn of layer {layer} is ssm_gated but its mlp {mlp} has no gate: set mlp to swiglu")
             if self.learned_d_s:
                 raise ValueError(
-                    f"ffn of layer {layer} is ssm_gated, which reads C of every channel, and d_s is learned: set ffn to "
-                    "parallel there, or d_s to a number"
+                    f"ffn of layer {layer} is ssm_gated, which reads C of every channel, and d_s is learned: set ffn "
+                    "to parallel there, or d_s to a number"
                 )
             if "d_s" not in MIXER_NAMES[mixer]:
                 givers = " or ".join(name for name, keys in MIXER_NAMES.items() if "d_s" in keys)

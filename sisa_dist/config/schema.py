@@ -98,7 +98,7 @@ class EngineConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW of sisa.md §2. λ_raw, gates, norm gains and biases are not decayed; λ_raw and gates learn at lr × a ratio."""
+    """AdamW of sisa.md §2. λ_raw, gates, norm gains and biases are not decayed; λ_raw: lr × lambda_lr_ratio."""
 
     lr: PositiveFloat = 6e-4
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)

@@ -53,11 +53,11 @@ class GateWatch:
         """Behind the optimizer, which has waited for a save under way. `skip` (0 or 1): the step changes no weight."""
         if self._gates is None:
             return
-        assert self._step is not None and self._gates.seen is not None
+        gates, seen = self._gates, self._gates.seen
+        assert self._step is not None and seen is not None
         self._step += 1
-        gates = self._gates
         gates.noise_LP = None
-        move_by = RATE * gates.seen.excess.float() * (1 - skip)
+        move_by = RATE * seen.excess.float() * (1 - skip)
         gates.multiplier.add_(move_by.to(gates.multiplier.device))
         gates.step.fill_(self._step)
         # Never back: where a run goes on longer than was meant, what has hardened stays so.
@@ -69,7 +69,9 @@ class GateWatch:
         if gates is None or gates.seen is None:
             return None
         open_L, expected_L, _ = gates.seen
-        return LearnedDs(gates.layers, open_L.tolist(), expected_L.tolist(), gates.share.item(), gates.multiplier.item())
+        return LearnedDs(
+            gates.layers, open_L.tolist(), expected_L.tolist(), gates.share.item(), gates.multiplier.item()
+        )
 
 
 def noise(seed: int, step: int, shape: torch.Size) -> Tensor:

@@ -8,8 +8,8 @@ arXiv 1712.01312), with an augmented Lagrangian for the budget (Wang et al. 2020
 
 A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. The budget is
 met from both sides, so that models of one budget can be compared; with `penalty` the cost is penalty · m / max. The
-target falls from max to the budget until `anneal_from`; the hardness rises from 0 to 1 between there and `anneal_until`.
-Hardness stands for the temperature: it sharpens the gate itself, so that the gate that evaluation uses hardens too.
+target falls from max to the budget until `anneal_from`; hardness rises from 0 to 1 between there and `anneal_until`.
+It stands for the temperature: it sharpens the gate itself, so that the one that evaluation uses hardens too.
 At 1 the gates are those of the largest log α, as many as the budget has, or with a penalty those of log α > 0.
 
 Without noise (evaluation, decoding) z = clip(σ(k log α) · (ζ − γ) + γ, 0, 1). Noise, share and μ are set from outside,
@@ -84,7 +84,9 @@ class Gates(nn.Module):
         z_LP = torch.where(hardness < 1, _stretched(logit_LP), hard_LP)
         with torch.no_grad():
             evaluated_LP = torch.where(hardness < 1, _stretched(sharp_LP), hard_LP)
-        expected_L = 2 * torch.where(hardness < 1, (sharp_LP - BETA * math.log(-GAMMA / ZETA)).sigmoid(), hard_LP).sum(1)
+        expected_L = 2 * torch.where(hardness < 1, (sharp_LP - BETA * math.log(-GAMMA / ZETA)).sigmoid(), hard_LP).sum(
+            1
+        )
         cost, excess = self._cost(expected_L.mean(), share)
         if torch.is_grad_enabled():
             self.seen = GateState(2.0 * (evaluated_LP > 0).sum(1), expected_L.detach(), excess.detach())

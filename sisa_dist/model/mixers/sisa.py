@@ -7,7 +7,8 @@
 
 One RMS-normed x feeds every projection. With grouped-query heads B, α and θ belong to the kv head, C and λ to the
 query head (ours; n_kv_heads = n_heads is the paper). Without decay or rotation (`model.sisa`) log α or θ is 0 and has
-no parameters. Where d_s is learned a gate multiplies B (gates.py). How s is computed without ever forming it: `sisa_dist.ops`.
+no parameters. Where d_s is learned a gate multiplies B (gates.py). How s is computed without ever forming it:
+`sisa_dist.ops`.
 """
 
 from __future__ import annotations
