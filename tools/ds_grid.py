@@ -40,7 +40,7 @@ class Point:
     target: int  # the Transformer's
 
     def done(self) -> bool:
-        found = list_checkpoints(self.config.output_dir)
+        found = list_checkpoints(Path(self.config.output_dir))
         return bool(found) and read_state(found[-1]).step >= self.config.training.steps
 
 
@@ -103,7 +103,7 @@ def _write(found: Point) -> None:
     """Raises UserError where the folder holds the point of another command, and its run was begun."""
     text = dump_config(found.config)
     other = found.path.is_file() and found.path.read_text(encoding="utf-8") != text
-    if other and list_checkpoints(found.config.output_dir):
+    if other and list_checkpoints(Path(found.config.output_dir)):
         raise UserError(f"{found.path}: its run was begun with other settings: give them again, or another --out")
     try:
         found.path.parent.mkdir(parents=True, exist_ok=True)
