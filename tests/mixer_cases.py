@@ -70,6 +70,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     },
     "fox_pro": {"mixer": "fox", "fox": {"pro": True}, "n_kv_heads": 2},
     "fox": {"mixer": "fox"},
+    "learned_d_s": {"mixer": "sisa", "d_s": {"learned": True, "max": 8, "budget": 4.0}, "n_kv_heads": 2},
     "ssm_gated": {"mixer": "sisa", "d_s": 8, "ffn": "ssm_gated", "n_kv_heads": 2},
 }
 CASES: dict[str, dict[str, Any]] = {"sisa": {"mixer": "sisa", "d_s": 8}, "attention": {"mixer": "attention"}, **RIVALS}

@@ -31,6 +31,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sisa_no_decay": {"mixer": "sisa", "sisa": {"decay": False}},
     "sisa_no_rotation": {"mixer": "sisa", "sisa": {"rotation": False}},
     "sisa_bilinear": {"mixer": "sisa", "sisa": {"decay": False, "rotation": False}},
+    # d_s found by layer, against every uniform one of equal size: --systems sisa,sisa_ds8,…,sisa_learned
+    "sisa_ds8": {"mixer": "sisa", "d_s": 8},
+    "sisa_ds24": {"mixer": "sisa", "d_s": 24},
+    "sisa_ds32": {"mixer": "sisa", "d_s": 32},
+    "sisa_learned": {"mixer": "sisa", "d_s": {"learned": True, "max": 32, "budget": 16.0}},
     "mamba2_attention": {"pattern": ["mamba2", "attention"]},
     "mamba3_attention": {"pattern": ["mamba3", "attention"]},
     "mamba3_sisa": {"pattern": ["mamba3", "sisa"]},
@@ -115,8 +120,13 @@ def match(base: RunConfig, name: str) -> Matched:
 
 
 def parameters(config: RunConfig) -> int:
+    """Of a learned d_s those of the model that its budget leaves."""
+    model = config.model
+    if model.learned_d_s is not None and model.learned_d_s.budget is not None:
+        d_s = round(model.learned_d_s.budget / 2) * 2
+        model = ModelConfig(**(model.model_dump() | {"d_s": [d_s if has else 0 for has in model.layer_d_s]}))
     with torch.device("meta"):
-        return num_parameters(build_model(config.model, attention=config.attention))
+        return num_parameters(build_model(model, attention=config.attention))
 
 
 def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
@@ -128,7 +138,8 @@ def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
         model["ssmax"] = seq_len
     if "pattern" in keys:
         model["mixer"] = [mixers[layer % len(mixers)] for layer in range(model["n_layers"])]
-    model |= _proportions(base, mixers, [model["mixer"]] * model["n_layers"] if "mixer" in keys else model["mixer"])
+    layers = [model["mixer"]] * model["n_layers"] if "mixer" in keys else model["mixer"]
+    model |= {key: value for key, value in _proportions(base, mixers, layers).items() if key not in keys}
     return parse_config(tree, source=f"{base.name}, system {'/'.join(mixers)}")
 
 

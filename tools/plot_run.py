@@ -69,21 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plot(runs: dict[str, Run], out: Path, *, x: str = "step") -> None:
-    """Writes the picture: loss on top, then learning rate, gradient norm and speed, then λ and half-life by layer.
+    """Writes the picture: loss on top, then learning rate, gradient norm and speed, then λ and half-life by layer, and
+    d_s by layer where it is learned.
 
     Raises UserError where a record lacks a value or `out` cannot be written.
     """
     with plt.rc_context(_STYLE):
         layers = any(run.get("layers") for run in runs.values())
-        figure = plt.figure(figsize=(11, 10 if layers else 7.2))
+        learned = any(run.get("d_s") for run in runs.values())
+        figure = plt.figure(figsize=(11, 7.2 + 2.8 * layers + 2.8 * learned))
         figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08)
         try:
-            heights = [1.5, 1, 1.1] if layers else [1.5, 1]
+            heights = [1.5, 1] + [1.1] * (layers + learned)
             parts = np.asarray(figure.subfigures(len(heights), 1, height_ratios=heights))
             _plot_loss(parts[0].subplots(), runs, x)
             _plot_small(parts[1], runs, x)
             if layers:
                 _plot_layers(parts[2], runs, x)
+            if learned:
+                _plot_learned_d_s(parts[-1], runs, x)
             figure.savefig(out, dpi=150)
         except KeyError as error:
             raise UserError(f"metrics.jsonl: a record has no {error}: was it written by another version?") from None
@@ -164,6 +168,30 @@ def _plot_layers(part: SubFigure, runs: dict[str, Run], x: str) -> None:
         bar.outline.set_visible(False)
     elif len(with_layers) > 1:
         lam.annotate("dark: first layer, light: last", (0.02, 0.03), xycoords="axes fraction", color="#666666")
+
+
+def _plot_learned_d_s(part: SubFigure, runs: dict[str, Run], x: str) -> None:
+    """Channels per head that evaluation has, a line a layer, dark to light; beside it their means, drawn and open."""
+    by_layer, mean = part.subplots(1, 2)
+    for colour, (name, run) in _coloured(runs):
+        records = run.get("d_s", [])
+        if not records:
+            continue
+        place = _place(run, records, x)
+        layers = records[0]["layers"]
+        for row, layer in enumerate(layers):
+            shade = _shade(colour, row / max(1, len(layers) - 1))
+            values = [record["d_s"][row] for record in records]
+            by_layer.plot(place, values, ".-", color=shade, linewidth=1.3, markersize=4, label=f"layer {layer}")
+        for key, style, said in (("d_s", "-", "in evaluation"), ("expected", "--", "in training, expected")):
+            values = [sum(record[key]) / len(layers) for record in records]
+            mean.plot(place, values, style, color=colour, linewidth=1.4, label=f"{name}: {said}, {values[-1]:.1f}")
+    by_layer.set_title("d_s by layer (dark: first layer, light: last)")
+    mean.set_title("d_s, mean over layers")
+    mean.legend(loc="best")
+    for axis in (by_layer, mean):
+        axis.set_ylim(bottom=0)
+        _horizontal(axis, x)
 
 
 def _horizontal(axis: Axes, x: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -154,7 +154,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _is_union_tag(part: str) -> bool:
-    return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list"}
+    return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list", "learned_d_s"}
 
 
 def _known_keys(where: tuple[Any, ...]) -> list[str]:
@@ -163,11 +163,18 @@ def _known_keys(where: tuple[Any, ...]) -> list[str]:
         inner: Any = section if section is SourceConfig else section.model_fields[str(part)].annotation
         if part == "mixture":
             inner = SourceConfig  # and again at the source's name
-        found = [kind for kind in (inner, *get_args(inner)) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        found = [kind for kind in _kinds(inner) if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not found:
             return []
-        section = found[0]  # of `X | None`, X
+        section = found[0]
     return list(section.model_fields)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that `annotation` allows, one inside the other."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,12 +5,13 @@ Beside `schema.py` because checkpoints of other models are read into it and writ
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 from pydantic import model_validator as _model_validator
 
 from sisa_dist.config.experts import ExpertsConfig
+from sisa_dist.config.learned import LearnedDsConfig
 from sisa_dist.config.mixers import (
     MIXER_NAMES,
     SECTIONS,
@@ -34,6 +35,19 @@ MLPName = Literal["swiglu", "gelu", "moe", "none"]
 FFNName = Literal["sequential", "parallel", "ssm_gated"]
 
 
+def _form_of_d_s(value: Any) -> str:
+    """So that an error is told of the form that was written, and not of each there is."""
+    return "learned_d_s" if isinstance(value, dict | LearnedDsConfig) else "list" if isinstance(value, list) else "int"
+
+
+DsConfig = Annotated[
+    Annotated[NonNegativeInt, Tag("int")]
+    | Annotated[list[NonNegativeInt], Tag("list")]
+    | Annotated[LearnedDsConfig, Tag("learned_d_s")],
+    Discriminator(_form_of_d_s),
+]
+
+
 class ModelConfig(Section):
     """The architecture. Two checkpoints with the same ModelConfig have the same parameter names and shapes."""
 
@@ -46,7 +60,7 @@ class ModelConfig(Section):
     head_dim: PositiveInt | None = None  # None: d_model / n_heads
     d_ff: NonNegativeInt = 0  # without effect where no layer has an MLP
     mixer: MixerName | list[MixerName] = "sisa"  # one, or one per layer
-    d_s: NonNegativeInt | list[NonNegativeInt] | None = None  # SSM channels per head, one or one per layer (0: no SSM)
+    d_s: DsConfig | None = None  # SSM channels per head: one, one per layer (0: no SSM), or learned
     log_alpha_min: float | None = None  # declared bound: log α is clamped to it, in nats/token
     rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScalingConfig | None = None  # None: every frequency as rope_theta has it
@@ -213,11 +227,16 @@ class ModelConfig(Section):
         return self.mamba3 or Mamba3Config()
 
     @property
+    def learned_d_s(self) -> LearnedDsConfig | None:
+        return self.d_s if isinstance(self.d_s, LearnedDsConfig) else None
+
+    @property
     def layer_d_s(self) -> list[int]:
-        """SSM channels per head of every layer; 0 where the mixer has none."""
+        """SSM channels per head of every layer; 0 where the mixer has none. Learned ones: those that are there."""
         if isinstance(self.d_s, list):
             return list(self.d_s)
-        return [(self.d_s or 0) if "d_s" in MIXER_NAMES[mixer] else 0 for mixer in self.layer_mixers]
+        d_s = self.d_s.max if isinstance(self.d_s, LearnedDsConfig) else self.d_s
+        return [(d_s or 0) if "d_s" in MIXER_NAMES[mixer] else 0 for mixer in self.layer_mixers]
 
     @_model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -339,6 +358,11 @@ class ModelConfig(Section):
                 continue
             if mlp != "swiglu":
                 raise ValueError(f"ffn of layer {layer} is ssm_gated but its mlp {mlp} has no gate: set mlp to swiglu")
+            if self.learned_d_s:
+                raise ValueError(
+                    f"ffn of layer {layer} is ssm_gated, which reads C of every channel, and d_s is learned: set ffn "
+                    "to parallel there, or d_s to a number"
+                )
             if "d_s" not in MIXER_NAMES[mixer]:
                 givers = " or ".join(name for name, keys in MIXER_NAMES.items() if "d_s" in keys)
                 raise ValueError(

@@ -98,13 +98,15 @@ class EngineConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW of sisa.md §2. λ_raw, norm gains and biases are not decayed; λ_raw learns at lr × lambda_lr_ratio."""
+    """AdamW of sisa.md §2. λ_raw, gates, norm gains and biases are not decayed; λ_raw: lr × lambda_lr_ratio."""
 
     lr: PositiveFloat = 6e-4
     betas: list[Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.1, ge=0.0)
     lambda_lr_ratio: float = Field(default=0.1, ge=0.0)
+    # Of the gates of learned d_s, which have to come from open to closed, about 5, within their part of the run
+    gate_lr_ratio: PositiveFloat = 20.0
     grad_clip: PositiveFloat | None = 1.0  # global L2 norm
 
 

@@ -19,6 +19,8 @@ from data_pipeline.tokenizer_json import names_in
 from sisa_dist.checkpoint.manifest import NAME as MANIFEST
 from sisa_dist.config import ModelConfig, RunConfig, UserError, sync
 from sisa_dist.convert.formats import format_module, open_checkpoint
+from sisa_dist.convert.materialise import gone, kept_pairs, materialised
+from sisa_dist.convert.materialise import recipes as fixed_recipes
 from sisa_dist.convert.opened import DATA, STATE, Opened, Target, fp32_parameters
 from sisa_dist.convert.recipe import Converted, Recipes, TensorSource
 from sisa_dist.convert.tensors import MODEL, Cast, Noted, check_written, from_ours, num_bytes, origins, to_ours
@@ -62,6 +64,7 @@ def plan(
     moments: bool | None = None,
     d_s: int | list[int] | None = None,
     experts: tuple[int, int] | None = None,
+    materialise: Literal["cut", "to_mlp"] | None = None,
     tokenizer: Tokenizer | bytes | None = None,
     config: RunConfig | None = None,
     target: Target | None = None,
@@ -70,6 +73,7 @@ def plan(
 
     `moments` None: kept where `to` is for going on with training. `d_s`, one or one per layer: a Transformer is
     upcycled to a SISA model that computes the same. `experts` (number, top_k): so is its MLP, to a mixture of experts.
+    `materialise`: a model of learned d_s becomes one of fixed d_s, with to_mlp and wider MLPs for what that saves.
     bf16 rounds matrices; gains, decays and λ stay fp32.
     `tokenizer` as bytes is a SentencePiece model. Raises UserError for what cannot be done.
     """
@@ -98,6 +102,8 @@ def plan(
         intended = upcycled(intended.without_moments(), d_s=d_s)
     if experts is not None:
         intended = with_experts(intended.without_moments(), experts=experts[0], top_k=experts[1])
+    if materialise is not None:
+        intended = with_fixed_d_s(intended.without_moments(), to_mlp=materialise == "to_mlp")
     wide = fp32_parameters(intended.model) if dtype == "bf16" else frozenset()
 
     def dtype_of(name: str) -> torch.dtype:
@@ -118,9 +124,16 @@ def with_experts(opened: Opened, *, experts: int, top_k: int) -> Opened:
     return _grown(opened, upcycle_experts(opened.model, **sizes), expert_recipes(opened.model, **sizes))
 
 
-def _grown(opened: Opened, model: ModelConfig, made: Recipes) -> Opened:
+def with_fixed_d_s(opened: Opened, *, to_mlp: bool) -> Opened:
+    """The model of fixed d_s that begins where `opened`, of learned d_s, stands, at step 0."""
+    kept = kept_pairs(opened.model, opened.source)
+    made = fixed_recipes(opened.model, kept, to_mlp=to_mlp)
+    return _grown(opened, materialised(opened.model, kept, to_mlp=to_mlp), made, dropped=gone(opened.model, made))
+
+
+def _grown(opened: Opened, model: ModelConfig, made: Recipes, *, dropped: frozenset[str] = frozenset()) -> Opened:
     files = {name: content for name, content in opened.files.items() if name not in (STATE, DATA)}
-    source = Converted(opened.source, to_ours(from_ours(made)))
+    source = Converted(opened.source, to_ours(from_ours(made)), dropped=dropped)
     return replace(opened, model=model, source=source, files=files, foreign=None)
 
 

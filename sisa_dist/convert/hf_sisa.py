@@ -73,6 +73,8 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
                 f"model.{name} is {value!r}, which the exported modeling_sisa.py cannot compute: export to another "
                 "format, such as consolidated safetensors"
             )
+    if model.learned_d_s:
+        raise UserError("model.d_s is learned: make it a model of fixed d_s first, by tools/materialize_ds.py")
     unknown = sorted(set(model.layer_mixers) - _MIXERS)
     if unknown:
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from sisa_dist.engine.experts import ExpertLoad
+from sisa_dist.engine.gates import LearnedDs
 from sisa_dist.engine.guard import Guard
 from sisa_dist.parallel.apply import Slice
 
@@ -74,3 +75,6 @@ class Engine(Protocol):
 
     def expert_load(self) -> ExpertLoad | None:
         """How steps since the last call went to experts; None where no layer has any. Collective."""
+
+    def learned_d_s(self) -> LearnedDs | None:
+        """What the last step found of d_s; None where it is not learned."""

@@ -33,6 +33,7 @@ from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
 from sisa_dist.engine.deepspeed_experts import announced
 from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
+from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -87,6 +88,7 @@ class DeepSpeedEngine:
         zero_state.make_moments(self.zero, self.stage)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(model, mesh)
+        self.gates = GateWatch(model, mesh, seed=config.seed, steps=config.training.steps)
         self.check_every = config.engine.check_every
         self.step_number = 0
         self.adamw.register_step_pre_hook(self._judge)
@@ -99,6 +101,7 @@ class DeepSpeedEngine:
         scale = self.dp_size / count.clamp(min=1)
         loss_sum = torch.zeros((), device=self.mesh.device)
         self.model.reset_statistics()
+        self.gates.before_step()
         for number, batch in enumerate(micro_batches, start=1):
             self.zero.set_gradient_accumulation_boundary(number == len(micro_batches))
             inputs = move(batch.tokens, self.mesh), move(batch.labels, self.mesh)
@@ -126,6 +129,7 @@ class DeepSpeedEngine:
             judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
         assert judged.norm is not None
         self.experts.after_step(judged.verdict.skip)
+        self.gates.after_step(judged.verdict.skip)
         enter("results")
         return read_result(loss_mean, judged.norm, count, judged.verdict)
 
@@ -169,6 +173,7 @@ class DeepSpeedEngine:
 
     def set_step(self, step: int) -> None:
         self.step_number = step
+        self.gates.loaded()
         zero_state.set_step(self.zero, self.stage, step)
 
     def unequal_replicas(self) -> dict[str, list[str]]:
@@ -176,6 +181,9 @@ class DeepSpeedEngine:
 
     def expert_load(self) -> ExpertLoad | None:
         return self.experts.take()
+
+    def learned_d_s(self) -> LearnedDs | None:
+        return self.gates.take()
 
     def _weights(self) -> dict[str, Tensor]:
         """What forward uses. Under ZeRO-3 this rank's flat partitions; alike over tp where the whole would be."""

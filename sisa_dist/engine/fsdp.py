@@ -20,6 +20,7 @@ from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
 from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
 from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
+from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
@@ -56,6 +57,7 @@ class FSDP2Engine:
         self.optimizer = build_optimizer(self.model, config.optimizer, apart=self.dealt_out)
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(self.model, mesh)
+        self.gates = GateWatch(self.model, mesh, seed=config.seed, steps=config.training.steps)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -65,6 +67,7 @@ class FSDP2Engine:
         scale = self.dp_size / count.clamp(min=1)
         loss_sum = torch.zeros((), device=self.mesh.device)
         self.model.reset_statistics()
+        self.gates.before_step()
         for number, batch in enumerate(micro_batches, start=1):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(number == len(micro_batches))
@@ -94,6 +97,7 @@ class FSDP2Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.experts.after_step(verdict.skip)
+        self.gates.after_step(verdict.skip)
         enter("results")
         return read_result(loss_mean, grad_norm, count, verdict)
 
@@ -121,6 +125,7 @@ class FSDP2Engine:
 
     def set_step(self, step: int) -> None:
         self.step_number = step
+        self.gates.loaded()
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
 
@@ -132,6 +137,9 @@ class FSDP2Engine:
 
     def expert_load(self) -> ExpertLoad | None:
         return self.experts.take()
+
+    def learned_d_s(self) -> LearnedDs | None:
+        return self.gates.take()
 
     def _clip(self) -> Tensor:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]

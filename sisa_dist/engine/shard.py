@@ -53,6 +53,8 @@ def shard(model: LM, mesh: Mesh, engine: EngineConfig) -> None:
             wrap(module, dtype, reshard=engine.reshard_after_forward, device_mesh=mesh.expert_mesh["expert_dp"])
         wrap(block, dtype, reshard=engine.reshard_after_forward)
         groups.append([block, small[0], *experts])  # type: ignore[list-item]
+    if model.gates is not None:
+        wrap(model.gates, torch.float32, reshard=engine.reshard_after_forward)
     wrap(model.norm, torch.float32, reshard=engine.reshard_after_forward)
     wrap(model, dtype, reshard=None)
     for number, (first, *_) in enumerate(groups) if engine.prefetch else ():

@@ -40,17 +40,19 @@ class Block(nn.Module):
         rope: RopeTables,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
+        gate_P: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """`gate_P`: of the channels, where d_s is learned (gates.py)."""
         # Inside forward, so that FSDP wraps the recomputation and gathers the parameters for it.
         if self.activation_checkpointing and h_BTD.requires_grad:
-            return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, use_reentrant=False)
-        return self._forward(h_BTD, rope, doc_ids, cache)
+            return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, gate_P, use_reentrant=False)
+        return self._forward(h_BTD, rope, doc_ids, cache, gate_P)
 
     def _forward(
-        self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None
+        self, h_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None, cache: Cache | None, gate_P: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         x_BTD = self.norm1(h_BTD)
-        y_BTD = self.mixer(x_BTD, rope, doc_ids, cache)
+        y_BTD = self.mixer(x_BTD, rope, doc_ids, cache, *([] if gate_P is None else [gate_P]))
         for_gate: list[Tensor] = []
         if self.ffn == "ssm_gated":
             y_BTD, *for_gate = y_BTD

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.block import Block
+from sisa_dist.model.gates import Gates
 from sisa_dist.model.head import Head
 from sisa_dist.model.init import init_parameters
 from sisa_dist.model.loss import IGNORE
@@ -31,7 +32,8 @@ class RoutingSums:
 class LM(nn.Module):
     """Decoder-only language model over token ids.
 
-    forward(tokens, labels) → (loss sum, count); what routers cost is in the gradient of the sum, not in its value;
+    forward(tokens, labels) → (loss sum, count); what routers and the gates of a learned d_s cost is in the gradient of
+    the sum, not in its value;
     forward(tokens, labels, per_token=True) → (log-probability, is-argmax) of each label;
     forward(tokens) → logits [B, T, vocab_size] fp32 (padding columns cut off), or of the last position only.
     """
@@ -41,6 +43,7 @@ class LM(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer, attention) for layer in range(config.n_layers))
+        self.gates = Gates(config) if config.learned_d_s else None
         self.norm = residual_norm(config)
         self.head = Head(config)
         self.routed: RoutingSums | None = None  # of forwards with labels that have gradients
@@ -84,9 +87,14 @@ class LM(nn.Module):
             scaling=config.rope_scaling,
             total_length=None if total_length is None else total_length + config.meta_tokens,
         )
+        gate_of: dict[int, Tensor] = {}
+        gate_cost = None
+        if self.gates is not None:
+            z_LP, gate_cost = self.gates()
+            gate_of = dict(zip(self.gates.layers, z_LP, strict=True))
         routings: list[tuple[Tensor, Tensor]] = []
         for layer, block in enumerate(self.blocks):
-            h_BTD = block(h_BTD, rope, doc_ids_BT, cache[layer] if cache else None)
+            h_BTD = block(h_BTD, rope, doc_ids_BT, cache[layer] if cache else None, gate_of.get(layer))
             if isinstance(h_BTD, tuple):
                 h_BTD, *routing = h_BTD
                 routings.append(tuple(routing))
@@ -95,21 +103,28 @@ class LM(nn.Module):
         weight_VD = self.embed.weight if config.tie_embeddings else None
         found = self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)
         if labels_BT is not None and not per_token:
-            return self._with_routing_loss(found, routings, labels_BT)
+            return self._with_costs(found, routings, gate_cost, labels_BT)
         if prefixed is None or last_only:
             return found
         if isinstance(found, Tensor):
             return at_tokens(found, prefixed)
         return at_tokens(found[0], prefixed), at_tokens(found[1], prefixed)
 
-    def _with_routing_loss(
-        self, found: tuple[Tensor, Tensor], routings: list[tuple[Tensor, Tensor]], labels_BT: Tensor
+    def _with_costs(
+        self,
+        found: tuple[Tensor, Tensor],
+        routings: list[tuple[Tensor, Tensor]],
+        gate_cost: Tensor | None,
+        labels_BT: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The loss keeps its value and gets the gradient of what routing costs besides."""
-        if not routings:
-            return found
-        extra = self._routing_loss(routings, labels_BT)
-        return found[0] + (extra - extra.detach()), found[1]
+        """The loss keeps its value and gets the gradient of what routing and gates cost besides. What gates cost counts
+        as often as labels do, so that a step's mean over labels has it once, on any ranks and micro-batches."""
+        extras = [] if gate_cost is None else [gate_cost * (labels_BT != IGNORE).sum()]
+        if routings:
+            extras.append(self._routing_loss(routings, labels_BT))
+        for extra in extras:
+            found = found[0] + (extra - extra.detach()), found[1]
+        return found
 
     def _routing_loss(self, routings: list[tuple[Tensor, Tensor]], labels_BT: Tensor) -> Tensor:
         """Over layers and windows, each window as often as it has labels that count: a sum as the loss is one."""

@@ -128,6 +128,8 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
         if isinstance(region, Experts):
             count = config.experts // tp
             region.share = ExpertSlice(mesh.tp_rank * count, count, config.experts, border.group)
+    if model.gates is not None:
+        model.gates.part = 1 / tp  # their gradients are summed over tp, and each rank knows the whole cost
     width = config.padded_vocab_size // tp
     model.head.vocabulary = VocabularySlice(config.vocab_size, mesh.tp_rank * width, border.group)
     return slices

@@ -42,6 +42,7 @@ PLAN: dict[str, Split] = {
     "head.weight": Split("vocab", "padded_vocab_size"),
     "norm.weight": Split("replicated"),
     "norm.bias": Split("replicated"),
+    "gates.log_alpha": Split("shared"),  # of a learned d_s: alike for all heads
     "blocks.*.norm?.weight": Split("replicated"),
     "blocks.*.norm?.bias": Split("replicated"),
     # attention, alone or inside another mixer, and what sisa has in common with it

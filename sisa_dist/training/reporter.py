@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from sisa_dist.checkpoint import Saved, TrainState
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import StepResult
 from sisa_dist.engine.experts import ExpertLoad
+from sisa_dist.engine.gates import LearnedDs
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
@@ -124,6 +126,9 @@ class Reporter:
                 f"warning: expert {expert} of layer {layer} got {share:.2%} of its fair share of tokens{others}: "
                 f"routing collapses; {_REMEDIES[self._balance]}, or lower optimizer.lr",
             )
+
+    def learned_d_s(self, state: TrainState, found: LearnedDs) -> None:
+        self._metrics.write("d_s", state.step, **asdict(found))
 
     def evaluation(self, state: TrainState, losses: dict[str, float]) -> None:
         """`losses` by source. Of a mixture the mean by shares counts, and each source's stands beside it."""

@@ -171,9 +171,11 @@ def _loop(
                 reporter.step(state, result, lr=lr, seconds=seconds, waited=waited, batch=batch, loader=loader)
                 reporter.saves(saver.collect())
             if (step + 1) % config.logging.every == 0 or step + 1 == training.steps:
-                load = engine.expert_load()
+                load, learned = engine.expert_load(), engine.learned_d_s()
                 if reporter and load is not None:
                     reporter.experts(state, load)
+                if reporter and learned is not None:
+                    reporter.learned_d_s(state, learned)
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.deepspeed_config import deepspeed_config
+from sisa_dist.engine.optim import group_of
 from sisa_dist.parallel.apply import Slice
 from sisa_dist.training.memory_meter import MemoryMeter
 
@@ -41,8 +42,8 @@ def zero_states(
         return States(whole, whole, 2 * whole + FP32 * len(shapes))
     groups: dict[str, list[int]] = {}
     for name, shape in shapes.items():  # as engine/optim.py groups them
-        kind = "lambda" if name.endswith("lambda_raw") else "vectors" if len(slices[name].shape) < 2 else "matrices"
-        groups.setdefault(kind if slices[name].ep_dim is None else "apart", []).append(math.prod(shape))
+        kind = "apart" if slices[name].ep_dim is not None else group_of(name, slices[name].shape)
+        groups.setdefault(kind, []).append(math.prod(shape))
     steps = FP32 * len(groups)  # a group is one flat tensor to the optimizer
     if stage == 3:  # each parameter is cut by itself
         part = FP32 * sum(-(-number // ranks) for group in groups.values() for number in group)

@@ -19,6 +19,7 @@ from distributed.probing import on_gradients, weights
 from mixer_cases import MIXTURES, RIVALS
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.engine import build_engine
+from sisa_dist.engine.gates import noise
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.model import LM, build_model, loss
 from sisa_dist.model.init import Constant, Normal
@@ -225,6 +226,8 @@ def run_plain(case: Case) -> Outcome:
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         whole = batch(case, step)
+        if model.gates is not None:
+            model.gates.noise_LP = noise(config.seed, round(model.gates.step.item()), model.gates.log_alpha.shape)
         loss_sum, count = model(whole.tokens, whole.labels, doc_ids_BT=whole.doc_ids)
         (loss_sum / count).backward()
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore
@@ -234,6 +237,7 @@ def run_plain(case: Case) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         _move_biases(model)
+        _move_gates(model)
         losses.append((loss_sum / count).item())
         norms.append(norm.item())
     final = {name: x.detach().clone() for name, x in model.state_dict().items()}
@@ -250,6 +254,15 @@ def _move_biases(model: LM) -> None:
                 fair = sum(counts) / len(counts)
                 model.blocks[layer].mlp.router.bias[expert] += 0.001 * ((count < fair) - (count > fair))  # type: ignore
         model.reset_statistics()
+
+
+def _move_gates(model: LM) -> None:
+    """On by a step of STEPS, the multiplier by its rule."""
+    if model.gates is not None:
+        assert model.gates.seen is not None
+        model.gates.multiplier += 0.05 * model.gates.seen.excess
+        model.gates.step.copy_(round(model.gates.step.item()) + 1)
+        model.gates.share.copy_(max(model.gates.share.item(), model.gates.step.item() / STEPS))
 
 
 def batch(case: Case, step: int) -> Batch:

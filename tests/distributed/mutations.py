@@ -168,6 +168,14 @@ def _nothing_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return grad.new_zeros(sum(ctx.sent), *grad.shape[1:]), None, None, None
 
 
+def _gates_cost_everywhere(engine: Any) -> None:
+    engine.model.gates.part = 1.0
+
+
+def _noise_of_the_rank(engine: Any) -> None:
+    engine.gates._seed = engine.mesh.tp_rank + 10 * engine.mesh.dp_rank
+
+
 def _not_averaged(engine: FSDP2Engine) -> None:
     engine._average_experts = lambda: None  # type: ignore[method-assign]
 
@@ -238,5 +246,8 @@ MUTATIONS: dict[str, Any] = {
     "exchanged rows' gradients kept": mock.patch.object(collectives._Exchange, "backward", _nothing_back),
     "experts averaged over their holders alone": _not_averaged,
     "experts reduced over the ranks of ep": _reduced_over_ep,
+    "partial marked full: gates": _marked_full("gates.log_alpha"),
+    "gates' cost counted by every rank": _gates_cost_everywhere,
+    "gates' noise of each rank its own": _noise_of_the_rank,
     "embedding without its mask": mock.patch.object(layers.VocabularyEmbedding, "forward", _unmasked),
 }

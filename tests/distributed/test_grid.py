@@ -99,6 +99,7 @@ NEOX, NEOX_SP, BIASED = STYLED[0], STYLED[1], STYLED[5]
 JAMBA, MAMBA2, MAMBA3 = (Case("tp2", name, 4, "uniform", "fp32") for name in ("jamba", "mamba2", "mamba3"))
 GROUPS = Case("tp4", "mamba2_groups", 4, "uniform", "fp32")
 MIXED = Case("tp2", "moe", 4, "uniform", "fp32")
+GATES = Case("tp2", "learned_d_s", 4, "uniform", "fp32")
 DEALT = Case("ep2", "moe", 4, "uniform", "fp32")
 DEALT_ZERO = Case("ep2_dp4", "moe", 4, "uniform", "fp32", engine=(("kind", "deepspeed"), ("zero_stage", 1)))
 MISTAKES: dict[str, tuple[Case, str]] = {
@@ -144,6 +145,12 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "experts of another rank": (MIXED, "score"),
     "router's losses counted by every rank": (MIXED, "gradient blocks.0.mlp.router.weight"),
     "tp_dim dropped from experts": (MIXED, "norm 0"),
+    "partial marked full: gates": (GATES, "gradient gates.log_alpha"),
+    "gates' cost counted by every rank": (GATES, "gradient gates.log_alpha"),
+    "gates' noise of each rank its own": (
+        Case("dp2", "learned_d_s", 4, "uniform", "fp32"),
+        "gradient gates.log_alpha",
+    ),
     "exchanged rows' gradients kept": (DEALT, "gradient blocks.0.norm2.weight"),
     "experts averaged over their holders alone": (DEALT, "gradient blocks.1.mlp.experts.down"),
     "experts reduced over the ranks of ep": (DEALT_ZERO, "gradient blocks.1.mlp.experts.down"),

@@ -137,3 +137,21 @@ def test_smoothing_follows_without_lag() -> None:
     assert np.abs(plot_run._smooth(noisy)[40:-40]).max() < 0.1
     gap = plot_run._smooth(np.array([1.0] * 50 + [math.nan] + [1.0] * 49))
     np.testing.assert_allclose(gap, 1.0)
+
+
+def test_learned_d_s_has_a_line_a_layer(tmp_path: Path, figures: list) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as out:
+        for step in (20, 40):
+            values = dict(layers=[0, 2], d_s=[16.0 - step / 10, 8.0], expected=[15.0, 9.0], share=0.5, multiplier=0.1)
+            out.write(json.dumps(dict(kind="d_s", step=step, **values)) + "\n")
+    assert plot_run.main([str(run), str(make_run(tmp_path / "other")), "--out", str(tmp_path / "p.png")]) == 0
+    drawn = axes(figures[0])
+    first, second = drawn["d_s by layer (dark: first layer, light: last)"].lines
+    np.testing.assert_allclose(first.get_ydata(), [14, 12])
+    np.testing.assert_allclose(second.get_ydata(), [8, 8])
+    np.testing.assert_allclose(first.get_xdata(), [20, 40])
+    evaluated, expected = drawn["d_s, mean over layers"].lines
+    np.testing.assert_allclose(evaluated.get_ydata(), [11, 10])
+    np.testing.assert_allclose(expected.get_ydata(), [12, 12])
+    assert is_png(tmp_path / "p.png")

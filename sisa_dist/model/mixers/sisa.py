@@ -7,7 +7,8 @@
 
 One RMS-normed x feeds every projection. With grouped-query heads B, α and θ belong to the kv head, C and λ to the
 query head (ours; n_kv_heads = n_heads is the paper). Without decay or rotation (`model.sisa`) log α or θ is 0 and has
-no parameters. How s is computed without ever forming it: `sisa_dist.ops`.
+no parameters. Where d_s is learned a gate multiplies B (gates.py). How s is computed without ever forming it:
+`sisa_dist.ops`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sisa_dist.config import AttentionConfig, ModelConfig
+from sisa_dist.model.gates import gated
 from sisa_dist.model.init import Constant, Init, Normal
 from sisa_dist.model.mixers.attention import attention_multiply_adds, merge_heads, qk_norms, split_heads
 from sisa_dist.model.mixers.base import Cache, Mixer
@@ -145,7 +147,12 @@ class SISA(Mixer):
         return config.d_model * width + attention_multiply_adds(config, seq_len, score_channels=d_s)
 
     def forward(
-        self, x_BTD: Tensor, rope: RopeTables, doc_ids: Tensor | None = None, cache: Cache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: RopeTables,
+        doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        gate_P: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         assert cache is None or isinstance(cache, SisaCache)
         q_BHTK = apply_rope(self.q_norm(split_heads(self.wq(x_BTD), self.head_dim)), rope)
@@ -153,6 +160,8 @@ class SISA(Mixer):
         v_BHTK = split_heads(self.wv(x_BTD), self.head_dim)
         C_BHTS = split_heads(self.wc(x_BTD), self.d_s)
         B_BHTS = split_heads(self.wb(x_BTD), self.d_s)
+        if gate_P is not None:
+            B_BHTS = gated(B_BHTS, gate_P)
         lam_H = self.importance()
         if self.wtheta is not None:
             theta_BHTP = at_least_fp32(split_heads(self.wtheta(x_BTD), self.d_s // 2))  # its running sum must be fp32

@@ -1,0 +1,79 @@
+"""What engines do round a step for the gates of a learned d_s: hand them their noise, and move them on afterwards.
+
+Noise is a function of seed, step and place among the gates, so it is the same on every rank, in every micro-batch and
+recomputation, and after a resume. What moves stands in buffers, alike on every rank and part of a checkpoint; it is
+computed from weights that all ranks have alike, so nothing is sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sisa_dist.model import LM
+from sisa_dist.model.gates import RATE
+from sisa_dist.model.init import Uniform, initial_value
+from sisa_dist.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class LearnedDs:
+    """Before the last step, one entry for each layer that has d_s."""
+
+    layers: list[int]
+    d_s: list[float]  # channels per head with a gate that evaluation leaves open
+    expected: list[float]  # mean number that the step's noise left open
+    share: float  # of training.steps done
+    multiplier: float  # of the budget, nats
+
+
+class GateWatch:
+    """Of a model without gates it does nothing."""
+
+    def __init__(self, model: LM, mesh: Mesh, *, seed: int, steps: int) -> None:
+        """`steps`: training.steps, of which the gates' schedule is shares."""
+        self._gates, self._mesh, self._seed, self._steps = model.gates, mesh, seed, steps
+        self._step: int | None = None
+
+    def loaded(self) -> None:
+        """The buffers are others now."""
+        self._step = None
+
+    def before_step(self) -> None:
+        if self._gates is None:
+            return
+        if self._step is None:
+            self._step = round(self._gates.step.item())
+        shape = torch.Size((len(self._gates.layers), self._gates.settings.max // 2))
+        self._gates.noise_LP = noise(self._seed, self._step, shape).to(self._mesh.device, non_blocking=True)
+
+    def after_step(self, skip: Tensor) -> None:
+        """Behind the optimizer, which has waited for a save under way. `skip` (0 or 1): the step changes no weight."""
+        if self._gates is None:
+            return
+        gates, seen = self._gates, self._gates.seen
+        assert self._step is not None and seen is not None
+        self._step += 1
+        gates.noise_LP = None
+        move_by = RATE * seen.excess.float() * (1 - skip)
+        gates.multiplier.add_(move_by.to(gates.multiplier.device))
+        gates.step.fill_(self._step)
+        # Never back: where a run goes on longer than was meant, what has hardened stays so.
+        gates.share.clamp_(min=self._step / self._steps)
+
+    def take(self) -> LearnedDs | None:
+        """As the last step saw it; None without gates, or without a step. Waits for the device."""
+        gates = self._gates
+        if gates is None or gates.seen is None:
+            return None
+        open_L, expected_L, _ = gates.seen
+        return LearnedDs(
+            gates.layers, open_L.tolist(), expected_L.tolist(), gates.share.item(), gates.multiplier.item()
+        )
+
+
+def noise(seed: int, step: int, shape: torch.Size) -> Tensor:
+    """u of a step, uniform in [0, 1), fp32 on the CPU."""
+    return (initial_value(Uniform(1.0), f"gates.noise.{step}", shape, seed=seed) + 1) / 2

@@ -1,0 +1,125 @@
+"""Learned d_s: a hard-concrete gate on every pair of channels (2m, 2m+1) of every layer (Louizos et al. 2018,
+arXiv 1712.01312), with an augmented Lagrangian for the budget (Wang et al. 2020, arXiv 1910.04732).
+
+    s        = σ((log u − log(1 − u) + k log α) / β)       u uniform, k = 1 / (1 − hardness)
+    z        = clip(s · (ζ − γ) + γ, 0, 1)                 B ← z B
+    P(z ≠ 0) = σ(k log α − β log(−γ / ζ))                  m = mean over layers of 2 Σ P(z ≠ 0)
+    x        = (m − target) / max                          cost = μ x + ½ ρ x², μ ← μ + rate · x after each step
+
+A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. The budget is
+met from both sides, so that models of one budget can be compared; with `penalty` the cost is penalty · m / max. The
+target falls from max to the budget until `anneal_from`; hardness rises from 0 to 1 between there and `anneal_until`.
+It stands for the temperature: it sharpens the gate itself, so that the one that evaluation uses hardens too.
+At 1 the gates are those of the largest log α, as many as the budget has, or with a penalty those of log α > 0.
+
+Without noise (evaluation, decoding) z = clip(σ(k log α) · (ζ − γ) + γ, 0, 1). Noise, share and μ are set from outside,
+step by step (engine/gates.py); the last two are buffers, so that a checkpoint knows how hard its gates are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sisa_dist.config import ModelConfig
+from sisa_dist.model.init import Constant, Init
+from sisa_dist.model.precision import at_least_fp32
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al.
+START = 2.5  # log α of a new model: open, and 2 % of the draws are not
+SHARPEST = 20.0  # most that k is: the gradient of an open gate grows as it does
+RHO = 10.0  # nats
+RATE = 0.05  # by which μ follows x, a step
+
+
+class GateState(NamedTuple):
+    """Of a forward that trains, before its step."""
+
+    open_L: Tensor  # channels per head that evaluation has, in each layer of the gates
+    expected_L: Tensor  # 2 Σ P(z ≠ 0)
+    excess: Tensor  # x
+
+
+class Gates(nn.Module):
+    """() → (z [L, P], cost in nats): a row for each layer that has d_s, P = max / 2, fp32."""
+
+    init_rules: ClassVar[dict[str, Init]] = {
+        "log_alpha": Constant(START),
+        "step": Constant(0.0),
+        "share": Constant(0.0),
+        "multiplier": Constant(0.0),
+    }
+    fp32_in_forward = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.learned_d_s is not None
+        self.settings = config.learned_d_s
+        self.layers = [layer for layer, d_s in enumerate(config.layer_d_s) if d_s]
+        self.log_alpha = nn.Parameter(torch.empty(len(self.layers), self.settings.max // 2))
+        self.step: Tensor
+        self.share: Tensor
+        self.multiplier: Tensor
+        self.register_buffer("step", torch.empty(1))  # of training, done: names the next one's noise
+        self.register_buffer("share", torch.empty(1))  # of training.steps
+        self.register_buffer("multiplier", torch.empty(1))  # μ
+        self.noise_LP: Tensor | None = None  # u of the step that runs
+        self.part = 1.0  # of the cost that is counted here: tensor-parallel ranks each count theirs
+        self.seen: GateState | None = None
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        log_alpha_LP = at_least_fp32(self.log_alpha)
+        share = self.share[0].to(log_alpha_LP)  # offloaded buffers stay on the host
+        settings = self.settings
+        hardness = ((share - settings.anneal_from) / (settings.anneal_until - settings.anneal_from)).clamp(0, 1)
+        sharp_LP = log_alpha_LP * (1 / (1 - hardness)).clamp(max=SHARPEST)
+        hard_LP = self._hard(log_alpha_LP)
+        logit_LP = sharp_LP
+        if self.noise_LP is not None and torch.is_grad_enabled():
+            logit_LP = (self.noise_LP.to(log_alpha_LP).logit(eps=1e-6) + sharp_LP) / BETA
+        # Both are computed and one is taken: to ask a tensor which would wait for the device.
+        z_LP = torch.where(hardness < 1, _stretched(logit_LP), hard_LP)
+        with torch.no_grad():
+            evaluated_LP = torch.where(hardness < 1, _stretched(sharp_LP), hard_LP)
+        expected_L = 2 * torch.where(hardness < 1, (sharp_LP - BETA * math.log(-GAMMA / ZETA)).sigmoid(), hard_LP).sum(
+            1
+        )
+        cost, excess = self._cost(expected_L.mean(), share)
+        if torch.is_grad_enabled():
+            self.seen = GateState(2.0 * (evaluated_LP > 0).sum(1), expected_L.detach(), excess.detach())
+        return z_LP, cost * self.part
+
+    def _cost(self, mean: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """(nats, x) of a mean d_s; where it is a penalty that presses, x is 0."""
+        settings, most = self.settings, self.settings.max
+        if settings.budget is None:
+            assert settings.penalty is not None
+            return settings.penalty * mean / most, torch.zeros_like(mean)
+        fallen = (share / max(settings.anneal_from, 1e-9)).clamp(max=1)
+        excess = (mean - (most + (settings.budget - most) * fallen)) / most
+        return self.multiplier[0].to(mean) * excess + RHO / 2 * excess.square(), excess
+
+    def _hard(self, log_alpha_LP: Tensor) -> Tensor:
+        """0 or 1. Among equals the first are open: ranks must agree, and a stable sort promises it."""
+        if self.settings.budget is None:
+            return (log_alpha_LP > 0).to(log_alpha_LP.dtype)
+        count = int(self.settings.budget * len(self.layers) / 2)
+        chosen = log_alpha_LP.detach().flatten().sort(descending=True, stable=True).indices[:count]
+        return torch.zeros_like(log_alpha_LP).flatten().index_fill(0, chosen, 1.0).view_as(log_alpha_LP)
+
+    def values(self) -> Tensor:
+        """z [L, P] of evaluation."""
+        with torch.no_grad():
+            return self()[0]
+
+
+def gated(B_BHTS: Tensor, z_P: Tensor) -> Tensor:
+    """B with the channels 2m and 2m+1 times z[m], in B's dtype."""
+    return B_BHTS * z_P.repeat_interleave(2).to(B_BHTS.dtype)
+
+
+def _stretched(logit: Tensor) -> Tensor:
+    return (logit.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
