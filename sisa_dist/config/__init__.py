@@ -2,6 +2,7 @@
 
 from sisa_dist.config.data import DataConfig, SourceConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
+from sisa_dist.config.evaluation import EvaluationConfig, PositionsConfig, RetrievalConfig
 from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
 from sisa_dist.config.mixers import FoxConfig
@@ -9,7 +10,6 @@ from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
     EngineConfig,
-    EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -29,7 +29,9 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PositionsConfig",
     "ProfileConfig",
+    "RetrievalConfig",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",
