@@ -1,4 +1,4 @@
-"""What both engines do alike round a step: counting labels, reading results, padding, layer statistics, what blocks keep."""
+"""What both engines do alike round a step: labels, results, padding, layer statistics, and what blocks keep."""
 
 from __future__ import annotations
 

@@ -22,7 +22,12 @@ from sisa_dist.evaluation.niah import FILLER, NEEDLES
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 KEYS = 4  # of multikey and multiquery
 CHAINS, HOPS = 2, 4  # of variable_tracking: HOPS + 1 names in each chain
-_NOUNS = ["anchor", "apple", "arrow", "basket", "bell", "bottle", "bridge", "button", "candle", "carpet", "castle", "chair", "clock", "cloud", "coin", "copper", "crown", "door", "drum", "engine", "feather", "field", "forest", "garden", "glove", "hammer", "harbour", "helmet", "island", "kettle", "ladder", "lamp", "lantern", "lemon", "letter", "mirror", "mountain", "needle", "orchard", "paper", "pencil", "pillow", "pocket", "river", "saddle", "shovel", "silver", "spoon", "stone", "tower", "tunnel", "valley", "violin", "wagon", "whistle", "window"]
+_NOUNS = (
+    "anchor apple arrow basket bell bottle bridge button candle carpet castle chair clock cloud coin "
+    "copper crown door drum engine feather field forest garden glove hammer harbour helmet island kettle "
+    "ladder lamp lantern lemon letter mirror mountain needle orchard paper pencil pillow pocket river "
+    "saddle shovel silver spoon stone tower tunnel valley violin wagon whistle window"
+)
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _DRAWS = 10_000
 
@@ -70,7 +75,7 @@ def _passkey(rng: np.random.Generator, depth: float, absent: Absent) -> Question
 
 def _named(rng: np.random.Generator, absent: Absent) -> tuple[list[str], list[str], tuple[str, ...]]:
     """KEYS names, a number for each, and the sentences that say so."""
-    names = [_NOUNS[i] for i in rng.choice(len(_NOUNS), KEYS, replace=False)]
+    names = rng.choice(_NOUNS.split(), KEYS, replace=False).tolist()
     numbers = _numbers(rng, KEYS, absent)
     pairs = zip(names, numbers, strict=True)
     return names, numbers, tuple(f"The magic number of the {name} is {number}." for name, number in pairs)
@@ -125,7 +130,7 @@ def _distinct(rng: np.random.Generator, count: int, absent: Absent, draw: Callab
         if text not in found and absent(text):
             found.append(text)
     raise UserError(
-        f"evaluation.retrieval.filler: it holds nearly all of what could be hidden in it, such as {text}: use other text"
+        f"evaluation.retrieval.filler: it holds nearly all that could be hidden in it, such as {text}: use other text"
     )
 
 

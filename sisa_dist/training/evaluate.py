@@ -36,8 +36,8 @@ def evaluate_checkpoint(
     """(results, JSON path). `run` is a run or checkpoint folder; overrides apply to the config stored in it.
 
     Without held-out text, results["skipped"] says why there is no perplexity. Pictures of what evaluation.positions
-    and evaluation.retrieval ask for stand beside the JSON. Raises UserError where nothing is left
-    to evaluate, or the data was made with another tokenizer than the checkpoint's.
+    and evaluation.retrieval ask for stand beside the JSON. Raises UserError where nothing is left to evaluate, or the
+    data was made with another tokenizer than the checkpoint's.
     """
     checkpoint = find_checkpoint(run)
     path = out or run_folder_of(checkpoint) / "evaluation.json"
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
             results["perplexity"] = _of_sources(config, held_out, engine, tokenizer, quiet=quiet)
     if asked.positions is not None and held_out:
         tables = by_length.positions(config, {n: split for n, (_, split) in held_out.items()}, engine, quiet=quiet)
-        results["positions"] = tables[ONLY] if config.data.mixture is None else {"sources": tables}
+        results["positions"] = by_length.as_record(config, tables)
         if mesh.is_main:
             picture = path.with_name(f"{path.stem}_positions.png")
             draw_positions(tables, picture, title=config.name, seq_len=config.training.seq_len)

@@ -88,8 +88,9 @@ class Evaluations:
             return
         path = self._picture("positions", state)
         draw_positions(found, path, title=f"step {state.step}", seq_len=self._config.training.seq_len)
-        plain = next(iter(found.values())) if self._config.data.mixture is None else {"sources": found}
-        self._reporter.by_length(state, "positions", plain, f"loss by position: {path}")
+        self._reporter.by_length(
+            state, "positions", by_length.as_record(self._config, found), f"loss by position: {path}"
+        )
 
     def _score_retrieval(self, state: TrainState) -> None:
         found = by_length.retrieval(self._config, self._retrieval, self._scorer)
