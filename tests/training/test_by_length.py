@@ -19,7 +19,7 @@ from runs import QUICKSTART  # isort: skip
 
 ASKED = [
     "evaluation.positions={every: 3, seq_len: 128, windows: 3, buckets: 4}",
-    "evaluation.retrieval={every: 5, tasks: [niah], lengths: [96, 192], depths: [0, 1], items: 1}",
+    "evaluation.retrieval={every: 5, tasks: [niah], lengths: [160, 256], depths: [0, 1], items: 1}",
 ]
 
 
@@ -45,7 +45,7 @@ def test_each_is_due_at_its_own_interval_and_changes_no_step(asked: RunConfig, t
     for kind, record in last.items():
         assert {"kind": kind, "step": 8, **results[kind]} == record
         assert path.with_name(f"evaluation_{kind}.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads(path.read_text(encoding="utf-8"))["retrieval"]["lengths"] == [96, 192]
+    assert json.loads(path.read_text(encoding="utf-8"))["retrieval"]["lengths"] == [160, 256]
     assert results["positions"]["seq_len"] == 128 and results["positions"]["from"] == [0, 32, 64, 96]
 
 
@@ -56,7 +56,7 @@ def test_a_request_to_stop_ends_a_retrieval_which_is_done_again(
     real, calls = FSDP2Engine.score, [0]
 
     def score(self: FSDP2Engine, tokens, labels, doc_ids=None):  # type: ignore[no-untyped-def]
-        if tokens.shape[1] == 96:
+        if tokens.shape[1] == 160:
             calls[0] += 1
             stops[0].ask("a test")
         return real(self, tokens, labels, doc_ids)
