@@ -32,7 +32,7 @@ class Retrieval:
         if asked.filler is not None:
             paths = [asked.filler] if isinstance(asked.filler, str) else asked.filler
             given = Filler.read(paths, tokenizer)
-        self._fillers = {task: given or Filler(TASKS[task].noise, tokenizer) for task in asked.tasks}
+        self._fillers: dict[str, Filler] = {task: given or Filler(TASKS[task].noise, tokenizer) for task in asked.tasks}
         for task in asked.tasks:
             # Found now, not hours into a run; SPARE is for questions with more tokens than this one.
             self.prompt(task, self.lengths[0], self.depths[0], 0, spare=SPARE)

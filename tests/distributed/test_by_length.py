@@ -42,7 +42,7 @@ class Sevens:
 def test_the_same_under_every_engine_and_layout(layout: str, options: dict[str, Any]) -> None:
     case = Case(layout, "sisa", 4, "uniform", "fp32", documents=True, engine=tuple(options.items()))
     ((before, table, after),) = run_job(1, _evaluate, case.reference())
-    assert before["score_by_length"] == [0.0, 0.0] and after["score_by_length"] == [1.0, 1.0]
+    assert before["score_by_length"] == [0.0] and after["score_by_length"] == [1.0]
     assert len({round(loss, 3) for loss in table["loss_by_position"]}) > 2
     for found in run_job(case.world_size, _evaluate, case):
         assert (found[0], found[2]) == (before, after)
@@ -55,7 +55,7 @@ def _evaluate(case: Case) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
     mesh = init_mesh(config.parallel, device="cpu")
     engine = build_engine(config, mesh)
     # Three prompts a length: over two data ranks one of them has none in the last batch.
-    asked = RetrievalConfig(lengths=[521, 560], depths=[0.0, 0.5, 1.0], items=1, tasks=["multikey", "multiquery"])
+    asked = RetrievalConfig(lengths=[521], depths=[0.0, 0.5, 1.0], items=1, tasks=["multiquery"])
     made = Retrieval(asked, Sevens(), seed=0)  # type: ignore[arg-type]
     before = made.score(engine, batch_tokens=1)
     whole = batch(case, 0)
