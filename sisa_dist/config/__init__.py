@@ -2,6 +2,7 @@
 
 from sisa_dist.config.data import DataConfig, SourceConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
+from sisa_dist.config.evaluation import EvaluationConfig, PositionsConfig, RetrievalConfig
 from sisa_dist.config.files import replace_file, sync
 from sisa_dist.config.load import dump_config, load_config, parse_config
 from sisa_dist.config.mixers import FoxConfig
@@ -10,7 +11,6 @@ from sisa_dist.config.rope import RopeScalingConfig
 from sisa_dist.config.schema import (
     AttentionConfig,
     EngineConfig,
-    EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -31,7 +31,9 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PositionsConfig",
     "ProfileConfig",
+    "RetrievalConfig",
     "RopeScalingConfig",
     "Run",
     "RunConfig",

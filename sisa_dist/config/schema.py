@@ -14,6 +14,7 @@ from pydantic import model_validator as _model_validator
 
 from sisa_dist.config.data import DataConfig
 from sisa_dist.config.errors import UserError
+from sisa_dist.config.evaluation import EvaluationConfig
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.section import Section
 
@@ -67,7 +68,9 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3  # deepspeed only: what data ranks share out (1 moments, 2 gradients, 3 weights)
     deepspeed_config: dict[str, Any] = Field(default_factory=dict)  # deepspeed only: its own keys, over the generated
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # a block keeps its input alone and is computed again in the backward
+    activation_offload: bool = False  # with it: these inputs wait in host memory
+    mlp_chunk: PositiveInt | None = None  # tokens of a window that an MLP takes at a time, and again in the backward
     compile: bool = False  # torch.compile, one block at a time
     reshard_after_forward: bool = True  # false: gathered weights stay from forward to backward; memory for speed
     cpu_offload: bool = False  # weights, gradients and moments live in host memory, the optimizer runs there
@@ -92,6 +95,12 @@ class EngineConfig(Section):
                 raise ValueError(
                     "engine.zero_stage 0 has nothing to offload: set it to 1, 2 or 3, or remove cpu_offload"
                 )
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError(
+                "engine.activation_offload moves what activation_checkpointing keeps: set that to true, or remove it"
+            )
+        if self.activation_offload and self.compile:
+            raise ValueError("engine.activation_offload is not possible under engine.compile: remove one of them")
         if self.compile and self.overlap:
             raise ValueError("engine.overlap is not possible under engine.compile: remove one of them")
         return self
@@ -189,16 +198,6 @@ class StartConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
-    batch_size: PositiveInt = 8
-    perplexity_windows: PositiveInt | None = None  # None: the whole validation split
-    lambada: str | None = None  # a LAMBADA .jsonl with a text field; None: skipped
-    niah: bool = False
-    niah_items: PositiveInt = 200
-    niah_context: PositiveInt = 512  # tokens
-    niah_placement: Literal["paper", "uniform"] = "paper"  # of the needle: in the first half, or anywhere
-
-
 class LoggingConfig(Section):
     every: PositiveInt = 1  # steps between lines on the console; metrics.jsonl has every step
     wandb: Literal["off", "offline", "online"] = "off"
@@ -253,11 +252,13 @@ class RunConfig(Section):
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
         self._check_experts()
+        self._check_chunk()
         if self.training.eval_every is not None and self.data.validation_fraction == 0:
             raise ValueError(
                 "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "
                 "null, or data.validation_fraction to for example 0.01"
             )
+        self._check_positions()
         if self.data.member_tokens < 2:
             raise ValueError("data.member_tokens must be at least 2: set it to 16384")
         return self
@@ -278,6 +279,30 @@ class RunConfig(Section):
                 f"schedule.warmup_steps + schedule.decay_steps = {spent} exceed {span}: lower them or set "
                 f"training.steps to at least {first + spent}"
             )
+
+    def _check_positions(self) -> None:
+        asked = self.evaluation.positions
+        if asked is None:
+            return
+        if asked.every is not None and self.data.mixture is None and self.data.validation_fraction == 0:
+            raise ValueError(
+                "evaluation.positions.every needs held-out text and data.validation_fraction is 0: set it to for "
+                "example 0.01, or remove evaluation.positions"
+            )
+        seq_len = asked.seq_len or self.training.seq_len
+        if asked.buckets > seq_len:
+            raise ValueError(f"evaluation.positions.buckets {asked.buckets} exceed the {seq_len} positions: lower it")
+
+    def _check_chunk(self) -> None:
+        chunk, seq_len = self.engine.mlp_chunk, self.training.seq_len
+        if chunk is None:
+            return
+        if not self.model.dense_d_ff:
+            raise ValueError("engine.mlp_chunk has no effect where no layer has a dense mlp: remove it")
+        if chunk >= seq_len:
+            raise ValueError(f"engine.mlp_chunk {chunk} has no effect at training.seq_len {seq_len}: lower it")
+        if self.parallel.sequence_parallel and "ssm_gated" in self.model.layer_ffns:
+            raise ValueError("engine.mlp_chunk does not go with ffn ssm_gated under sequence_parallel: remove it")
 
     def _check_experts(self) -> None:
         ep, experts, engine = self.parallel.ep, self.model.experts, self.engine

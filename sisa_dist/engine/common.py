@@ -1,4 +1,4 @@
-"""What both engines do alike round a step: counting labels, reading results, padding, layer statistics."""
+"""What both engines do alike round a step: labels, results, padding, layer statistics, and what blocks keep."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data_pipeline.loader import Batch
+from sisa_dist.config import EngineConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.guard import Verdict
 from sisa_dist.model import LM
 from sisa_dist.model.loss import IGNORE
 from sisa_dist.parallel.mesh import Mesh
+
+
+def spare_memory(model: LM, engine: EngineConfig) -> None:
+    """What the blocks keep for their backward, as the config says."""
+    for block in model.blocks:
+        block.activation_checkpointing = engine.activation_checkpointing  # type: ignore[assignment]
+        block.activation_offload = engine.activation_offload  # type: ignore[assignment]
+        block.mlp_chunk = engine.mlp_chunk  # type: ignore[assignment]
 
 
 def count_labels(micro_batches: Sequence[Batch], mesh: Mesh) -> Tensor:

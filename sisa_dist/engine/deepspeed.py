@@ -28,7 +28,7 @@ from sisa_dist.engine import zero_state
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
+from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch, spare_memory
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.deepspeed_config import deepspeed_config
 from sisa_dist.engine.deepspeed_experts import announced
@@ -63,8 +63,7 @@ class DeepSpeedEngine:
             model = build_model(config.model, attention=config.attention)
         # Under ZeRO-3 a weight is gathered for its owner's forward only: no overlap, which reads it before.
         self.slices = apply_plan(model, mesh, overlap=False)
-        for block in model.blocks:
-            block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+        spare_memory(model, config.engine)
         if config.engine.precision == "bf16":
             compute_in(model, torch.bfloat16)
         try:

@@ -18,7 +18,7 @@ from sisa_dist.config import RunConfig
 from sisa_dist.engine.base import StepResult
 from sisa_dist.engine.build_log import BuildLog
 from sisa_dist.engine.checks import check_step, unequal_replicas
-from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch
+from sisa_dist.engine.common import count_labels, layer_statistics, move, read_result, score_batch, spare_memory
 from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, skip_if
@@ -44,10 +44,9 @@ class FSDP2Engine:
             self.model = build_model(config.model, attention=config.attention)
         overlap = config.engine.overlap is not False and not config.engine.compile
         self.slices = apply_plan(self.model, mesh, overlap=overlap)
-        for block in self.model.blocks:
-            block.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
-            if config.engine.compile:
-                block.compile()
+        spare_memory(self.model, config.engine)
+        for block in self.model.blocks if config.engine.compile else ():
+            block.compile()
         if mesh.world_size > 1 or config.engine.precision == "bf16" or config.engine.cpu_offload:
             shard(self.model, mesh, config.engine)
         self.model.to_empty(device="cpu" if config.engine.cpu_offload else mesh.device)

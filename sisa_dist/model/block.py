@@ -12,12 +12,16 @@ their hooks on what they find there.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sisa_dist.config import AttentionConfig, ModelConfig
 from sisa_dist.model.feed_forward import feed_forward
+from sisa_dist.model.memory import in_chunks, inputs_on_host
 from sisa_dist.model.mixers import MIXERS, Cache
+from sisa_dist.model.moe import MoE
 from sisa_dist.model.norm import residual_norm
 from sisa_dist.model.rope import RopeTables
 
@@ -32,7 +36,10 @@ class Block(nn.Module):
         if self.mlp is not None and self.ffn == "sequential":
             self.norm2 = residual_norm(config)
         self.parallel_residual = config.parallel_residual
+        # What it keeps for the backward; an engine sets them.
         self.activation_checkpointing = False
+        self.activation_offload = False  # with activation_checkpointing
+        self.mlp_chunk: int | None = None  # tokens; without effect on a mixture of experts, which routes whole windows
 
     def forward(
         self,
@@ -45,7 +52,8 @@ class Block(nn.Module):
         """`gate_P`: of the channels, where d_s is learned (gates.py)."""
         # Inside forward, so that FSDP wraps the recomputation and gathers the parameters for it.
         if self.activation_checkpointing and h_BTD.requires_grad:
-            return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, gate_P, use_reentrant=False)
+            with inputs_on_host() if self.activation_offload else nullcontext():
+                return checkpoint(self._forward, h_BTD, rope, doc_ids, cache, gate_P, use_reentrant=False)
         return self._forward(h_BTD, rope, doc_ids, cache, gate_P)
 
     def _forward(
@@ -61,8 +69,9 @@ class Block(nn.Module):
             return mixed_BTD
         if self.ffn == "sequential":
             x_BTD = self.norm2(h_BTD if self.parallel_residual else mixed_BTD)
-        fed = self.mlp(x_BTD, *for_gate)
-        if isinstance(fed, tuple):
-            y_BTD, routing = fed
+        if isinstance(self.mlp, MoE):
+            y_BTD, routing = self.mlp(x_BTD)
             return (mixed_BTD + y_BTD, *routing)
-        return mixed_BTD + fed
+        if self.mlp_chunk is not None:
+            return mixed_BTD + in_chunks(self.mlp, self.mlp_chunk, x_BTD, *for_gate)
+        return mixed_BTD + self.mlp(x_BTD, *for_gate)

@@ -71,7 +71,7 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         shapes = local_shapes(slices, mesh)
         sizes = {axis: mesh.size(axis) for axis in AXES} | ({"ep": mesh.ep_size} if mesh.ep_size > 1 else {})
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
-    peaks, summed, host = meter.peaks, 0, 0
+    peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:
         summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
     if config.engine.kind == "deepspeed":
@@ -79,7 +79,7 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         summed = 0 if micro_batches == 1 else held.gradients
     if config.engine.cpu_offload:
         # Whatever a step needs still stands on the device; the optimizer runs on the host.
-        host = held.total
+        host += held.total
         peaks = {moment: {**found, "states": 0, "gradients": 0} for moment, found in peaks.items()}
         del peaks["optimizer step"]
     moment = max(peaks, key=lambda moment: sum(peaks[moment].values()))
@@ -159,9 +159,14 @@ def _table(config: RunConfig, found: Estimate) -> Table:
     row("states", found.states, f"the emptiest rank: {found.smallest_states / divisor:.2f}", last=True)
     row("gathered weights", found.gathered, "of other ranks, at most")
     recomputed = config.engine.activation_checkpointing
-    row("activations", found.activations, "a block's input each" if recomputed else "all that the backward reads")
+    kept = "a block's input each" if recomputed else "all that the backward reads"
+    if config.engine.activation_offload:
+        kept = "but the blocks' inputs, which are in host memory"
+    row("activations", found.activations, kept)
     row("loss", found.loss, "a chunk of logits, gradients of hidden states and head")
     row("summed gradients", found.summed_gradients, "kept from micro-batch to micro-batch", last=True)
     holds = ", ".join(f"{name} {size / divisor:.2f}" for name, size in found.peak_holds.items() if size)
+    if found.host:
+        row("in host memory", found.host, "at most")
     row("peak", found.peak, f"{found.peak_at}: {holds}")
     return table

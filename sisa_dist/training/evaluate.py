@@ -21,9 +21,12 @@ from sisa_dist.checkpoint import find_checkpoint, load_tokenizer, load_weights, 
 from sisa_dist.config import RunConfig, UserError, load_config
 from sisa_dist.engine import Engine, build_engine
 from sisa_dist.evaluation.harness import evaluate, write_results
+from sisa_dist.evaluation.heat_map import draw_positions, draw_retrieval
 from sisa_dist.evaluation.perplexity import exp, perplexity
+from sisa_dist.evaluation.retrieval import Retrieval
 from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.parallel.plan import check_tp
+from sisa_dist.training import by_length
 from sisa_dist.training.run_data import ONLY, held_out_batches
 
 
@@ -32,8 +35,9 @@ def evaluate_checkpoint(
 ) -> tuple[dict[str, Any], Path]:
     """(results, JSON path). `run` is a run or checkpoint folder; overrides apply to the config stored in it.
 
-    Without held-out text, results["skipped"] says why there is no perplexity. Raises UserError where nothing is left
-    to evaluate, or the data was made with another tokenizer than the checkpoint's.
+    Without held-out text, results["skipped"] says why there is no perplexity. Pictures of what evaluation.positions
+    and evaluation.retrieval ask for stand beside the JSON. Raises UserError where nothing is left to evaluate, or the
+    data was made with another tokenizer than the checkpoint's.
     """
     checkpoint = find_checkpoint(run)
     path = out or run_folder_of(checkpoint) / "evaluation.json"
@@ -44,9 +48,10 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(checkpoint, max_vocab_size=config.model.vocab_size)
     held_out, without = _open_all(config, tokenizer, checkpoint)
     asked = config.evaluation
-    if not held_out and asked.lambada is None and not asked.niah:
+    if not held_out and asked.lambada is None and not asked.niah and asked.retrieval is None:
         why = "; ".join(without.values())
-        raise UserError(f"nothing to evaluate: {why}, and neither evaluation.lambada nor evaluation.niah is set")
+        raise UserError(f"nothing to evaluate: {why}, and none of evaluation.lambada, niah and retrieval is set")
+    made = Retrieval(asked.retrieval, tokenizer, seed=config.seed) if asked.retrieval is not None else None
     timeout = timedelta(minutes=config.training.timeout_minutes)
     mesh = init_mesh(config.parallel, device=config.device, timeout=timeout)
     engine = build_engine(config, mesh)
@@ -63,6 +68,16 @@ def evaluate_checkpoint(
         results |= evaluate(config, engine, tokenizer, None, quiet=quiet)
         if held_out:
             results["perplexity"] = _of_sources(config, held_out, engine, tokenizer, quiet=quiet)
+    if asked.positions is not None and held_out:
+        tables = by_length.positions(config, {n: split for n, (_, split) in held_out.items()}, engine, quiet=quiet)
+        results["positions"] = by_length.as_record(config, tables)
+        if mesh.is_main:
+            picture = path.with_name(f"{path.stem}_positions.png")
+            draw_positions(tables, picture, title=config.name, seq_len=config.training.seq_len)
+    if made is not None:
+        results["retrieval"] = by_length.retrieval(config, made, engine, quiet=quiet)
+        if mesh.is_main:
+            draw_retrieval(results["retrieval"], path.with_name(f"{path.stem}_retrieval.png"), title=config.name)
     if without:
         results["skipped"] = {
             "perplexity" if config.data.mixture is None else f"perplexity of {name}": why

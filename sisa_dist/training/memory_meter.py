@@ -50,6 +50,7 @@ class MemoryMeter(TorchDispatchMode):
         self.live: dict[str, int] = {"states": 0, "gradients": 0, "gathered": 0, "rest": 0}
         self.starts: dict[str, dict[str, int]] = {}
         self.peaks: dict[str, dict[str, int]] = {}
+        self.on_host = 0  # bytes of activations that wait in host memory, which a rehearsal fills in
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Purpose]] = {}
         self._inside: dict[Any, int] = {}  # bytes our operators take beyond arguments and results
         self._moment = ""

@@ -19,17 +19,18 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
+from sisa_dist.engine.common import spare_memory
 from sisa_dist.engine.compute_dtype import compute_in
 from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
-from sisa_dist.model import LM, build_model
+from sisa_dist.model import LM, build_model, memory
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training.memory_meter import MemoryMeter
@@ -67,7 +68,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
         tokens = torch.zeros(training.micro_batch_size, training.seq_len, dtype=torch.int64)
         doc_ids = torch.zeros_like(tokens) if config.data.document_mask else None
         rounds = training.global_batch_windows // (training.micro_batch_size * mesh.dp_size)
-        with meter:
+        with meter, _pretended_host() as on_host:
             meter.mark(model.parameters(), "states")
             meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
             prefix = _name_moments(model, meter)
@@ -78,6 +79,8 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
                 loss, _ = model(tokens, tokens, doc_ids_BT=doc_ids)
                 (loss * 1.0).backward()
                 del loss
+                meter.on_host = sum(on_host)
+                on_host.clear()
                 if not last:
                     meter.begin(NEXT)
             named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
@@ -92,6 +95,24 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
     return meter
 
 
+@contextmanager
+def _pretended_host() -> Iterator[list[int]]:
+    """Bytes of each copy to host memory (engine.activation_offload); none is made, and new tensors come back."""
+    copied: list[int] = []
+
+    def to_host(x: Tensor) -> Any:
+        if not x.is_floating_point():
+            return x
+        copied.append(x.nbytes)
+        return x.shape, x.dtype
+
+    def from_host(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
+
+    with mock.patch.object(memory, "to_host", to_host), mock.patch.object(memory, "from_host", from_host):
+        yield copied
+
+
 def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, dict[str, Any]]:
     """As the engine builds, without values; for DeepSpeed the model alone, with whole weights and no moments."""
     engine, attention = config.engine, config.attention.model_copy(update={"backend": "auto"})
@@ -99,8 +120,7 @@ def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, di
     with torch.device("meta"):
         model = build_model(config.model, attention=attention)
     slices = apply_plan(model, mesh, overlap=engine.overlap is not False and not engine.compile and not deepspeed)
-    for block in model.blocks:
-        block.activation_checkpointing = engine.activation_checkpointing  # type: ignore[assignment]
+    spare_memory(model, engine)
     if deepspeed and engine.precision == "bf16":
         compute_in(model, torch.bfloat16)
     if not deepspeed and (mesh.world_size > 1 or engine.precision == "bf16" or engine.cpu_offload):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,6 +141,11 @@ class Reporter:
             loss = sum(self._shares[name] * losses[name] for name in losses) / total
             self._metrics.write("evaluation", state.step, validation_loss=loss, validation_losses=losses)
         self._console.note(state.step, f"validation loss {loss:.4f}")
+
+    def by_length(self, state: TrainState, kind: str, found: dict[str, Any], told: str) -> None:
+        """A record of `kind`, with one line on the console."""
+        self._metrics.write(kind, state.step, **found)
+        self._console.note(state.step, told)
 
     def saves(self, saves: list[Saved]) -> None:
         for save in saves:

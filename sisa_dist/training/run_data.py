@@ -125,12 +125,18 @@ def check_limits(config: RunConfig, loader: Loader, *, windows: int) -> None:
 
 
 def held_out_batches(
-    config: RunConfig, validation: Index, scorer: Scorer, *, batch_size: int, max_windows: int | None
+    config: RunConfig,
+    validation: Index,
+    scorer: Scorer,
+    *,
+    batch_size: int,
+    max_windows: int | None,
+    seq_len: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the validation windows, as the run's config cuts and masks them."""
+    """This rank's share of the validation windows, of training.seq_len or `seq_len` tokens, masked as in training."""
     return validation_batches(
         validation,
-        seq_len=config.training.seq_len,
+        seq_len=seq_len or config.training.seq_len,
         batch_size=batch_size,
         max_windows=max_windows,
         dp_rank=scorer.dp_rank,

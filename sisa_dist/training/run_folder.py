@@ -23,6 +23,8 @@ _FREE = (
     "engine.zero_stage",
     "engine.deepspeed_config",
     "engine.activation_checkpointing",
+    "engine.activation_offload",
+    "engine.mlp_chunk",
     "engine.compile",
     "engine.reshard_after_forward",
     "engine.cpu_offload",

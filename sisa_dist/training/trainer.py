@@ -5,26 +5,22 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
-from data_pipeline.index import Index
-from data_pipeline.loader import Batch, Loader
+from data_pipeline.loader import Loader
 from sisa_dist.checkpoint import Saver, TrainState, list_checkpoints
 from sisa_dist.config import Run, RunConfig, RunStage, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
-from sisa_dist.evaluation.perplexity import perplexity
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.begin import begin
+from sisa_dist.training.evaluations import Evaluations
 from sisa_dist.training.missing import MissingShards
 from sisa_dist.training.profile import Profiler
 from sisa_dist.training.reporter import Reporter
-from sisa_dist.training.run_data import RunData, check_limits, held_out_batches, open_data, open_loader
+from sisa_dist.training.run_data import RunData, check_limits, open_data, open_loader
 from sisa_dist.training.run_folder import open_run_folder, own_run_folder
 from sisa_dist.training.schedule import learning_rate
 from sisa_dist.training.signals import NEXT_STAGE, REQUEUE, NextStage, Requeue, StopRequest
@@ -148,8 +144,8 @@ def _loop(
     stop: StopRequest,
 ) -> None:
     training = config.training
-    held_out, save_due = data.validation, False
-    if held_out and state.evaluation_due and not _evaluate(config, mesh, held_out, engine, state, reporter, stop):
+    evaluations, save_due = Evaluations(config, mesh, data, engine, reporter, run_folder, stop), False
+    if state.evaluation_due and not evaluations.run(state):
         raise _requeue(state, stop, reporter)
     skips = training.steps > state.step and config.data.on_missing == "skip"
     missing = MissingShards(loader, run_folder, mesh, step=state.step + 1) if skips else None
@@ -179,8 +175,8 @@ def _loop(
             if training.max_skipped_steps is not None and state.skipped_in_row >= training.max_skipped_steps:
                 raise _diverged(state, result, run_folder)
             last, stopping = step + 1 == training.steps, result.stop
-            if held_out and (last or (training.eval_every and (step + 1) % training.eval_every == 0)):
-                done = _evaluate(config, mesh, held_out, engine, state, reporter, stop)
+            if evaluations.due(step + 1):
+                done = evaluations.run(state)
                 stopping, state = stopping or not done, replace(state, evaluation_due=not done)
             # While steps are skipped the weights may be ruined already: they must not push out good checkpoints.
             save_due |= training.checkpoint_every is not None and (step + 1) % training.checkpoint_every == 0
@@ -212,44 +208,3 @@ def _requeue(state: TrainState, stop: StopRequest, reporter: Reporter | None) ->
     if reporter:
         reporter.note(state, text)
     return Requeue(f"step {state.step}: {text}")
-
-
-def _evaluate(
-    config: RunConfig,
-    mesh: Mesh,
-    validation: Mapping[str, Index],
-    engine: Engine,
-    state: TrainState,
-    reporter: Reporter | None,
-    stop: StopRequest,
-) -> bool:
-    """False: some rank was asked to stop, and the evaluation has to be done again."""
-    training = config.training
-    layers = engine.layer_statistics()  # of the step before, so now: a resume cannot know them any more
-    if reporter and not state.evaluation_due:
-        reporter.layers(state, layers)
-    found: dict[str, float] = {}
-    for name, index in validation.items():
-        batches = held_out_batches(
-            config, index, engine, batch_size=training.micro_batch_size, max_windows=training.eval_windows
-        )
-        try:
-            found[name] = perplexity(engine, _until_asked(batches, mesh, stop)).loss
-        except _AskedToStop:
-            return False
-    if reporter:
-        reporter.evaluation(state, found)
-    return True
-
-
-class _AskedToStop(Exception):
-    """Raised on every rank at the same batch."""
-
-
-def _until_asked(batches: Iterable[Batch], mesh: Mesh, stop: StopRequest) -> Iterator[Batch]:
-    """`batches`, until some rank was asked to stop. Asking is a tiny all-reduce; scores wait for the device anyway."""
-    for number, batch in enumerate(batches, start=1):
-        mesh.enter(f"evaluation, batch {number}")
-        if mesh.max_over_all(torch.tensor(float(bool(stop)), device=mesh.device)).item():
-            raise _AskedToStop
-        yield batch
