@@ -6,7 +6,6 @@ vocabulary) is checked where those are known.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pydantic import model_validator as _model_validator
 from sisa_dist.config.data import DataConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.model import ModelConfig
+from sisa_dist.config.parallel import ParallelConfig, check_context
 from sisa_dist.config.section import Section
 
 
@@ -34,37 +34,6 @@ class AttentionConfig(Section):
         "cpu_flash",
         "products",
     ] = "auto"
-
-
-class ParallelConfig(Section):
-    """How the processes of a launch are dealt out: world size = tp × cp × dp. Changes speed and memory, never the result."""
-
-    tp: PositiveInt = 1  # tensor-parallel ranks: heads, d_ff and the vocabulary are cut into this many slices
-    sequence_parallel: bool = False  # norms and residuals of a tp group hold a tp-th of its tokens each
-    cp: PositiveInt = 1  # context-parallel ranks: each holds an early and a late stretch of every window
-    cp_kind: Literal["all_gather", "ring", "ulysses"] = "all_gather"  # how its score meets keys held elsewhere
-    dp: PositiveInt | None = None  # data-parallel ranks; None: every process that tp and cp leave
-    dp_replicate: PositiveInt = 1  # of them, groups that hold whole copies (HSDP); weights are sharded inside a group
-    ep: PositiveInt = 1  # of the data ranks, how many hold one set of experts together and send each other tokens
-
-    @_model_validator(mode="after")
-    def _consistent(self) -> ParallelConfig:
-        if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel has no effect with tp 1: set tp to 2 or more, or remove it")
-        if self.dp is not None and self.dp % self.dp_replicate:
-            raise ValueError(f"dp_replicate {self.dp_replicate} does not divide dp {self.dp}: set it to a divisor")
-        if self.cp_kind != "all_gather" and self.cp == 1:
-            raise ValueError(f"cp_kind {self.cp_kind} has no effect with cp 1: set cp to 2 or more, or remove it")
-        for key in ("tp", "cp", "dp_replicate"):
-            if self.ep > 1 and getattr(self, key) > 1:
-                raise ValueError(
-                    f"ep {self.ep} does not go with {key} {getattr(self, key)}: set one of them to 1"
-                    + (" (tp deals out experts too)" if key == "tp" else "")
-                )
-        if self.dp is not None and self.dp % self.ep:
-            good = [n for n in range(1, self.dp + 1) if self.dp % n == 0]
-            raise ValueError(f"ep {self.ep} does not divide dp {self.dp}: set ep to one of {good}")
-        return self
 
 
 class EngineConfig(Section):
@@ -259,7 +228,7 @@ class RunConfig(Section):
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
         self._check_experts()
-        self._check_context()
+        check_context(self.parallel, self.model, seq_len=self.training.seq_len, path=self.attention.path)
         if self.training.eval_every is not None and self.data.validation_fraction == 0:
             raise ValueError(
                 "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "
@@ -286,41 +255,3 @@ class RunConfig(Section):
                 f"parallel.ep {ep} under deepspeed needs ZeRO-1 or 2: ZeRO-{engine.zero_stage} {why}; set "
                 "engine.zero_stage to 1 or 2, engine.kind to fsdp2, or parallel.ep to 1"
             )
-
-    def _check_context(self) -> None:
-        parallel, seq_len = self.parallel, self.training.seq_len
-        cp, tp = parallel.cp, parallel.tp
-        if cp == 1:
-            return
-        layers = enumerate(self.model.layer_mixers)
-        without = [(layer, mixer) for layer, mixer in layers if mixer not in ("sisa", "attention")]
-        if without:
-            raise ValueError(
-                f"parallel.cp {cp} cuts the sequence for the mixers sisa and attention only, and layer {without[0][0]} "
-                f"has {without[0][1]}: set parallel.cp to 1"
-            )
-        if self.model.moe is not None:
-            raise ValueError(
-                f"parallel.cp {cp} does not go with model.moe, whose routers are balanced over whole windows: set "
-                "parallel.cp to 1"
-            )
-        unit = cp * math.lcm(2, tp if parallel.sequence_parallel else 1)
-        if seq_len % unit:
-            cut = f"2 × cp = {2 * cp} stretches" + (" and those by tp" if unit > 2 * cp else "")
-            raise ValueError(
-                f"parallel.cp {cp} cuts training.seq_len {seq_len} into {cut}, which does not go evenly: set seq_len to "
-                f"{max(1, seq_len // unit) * unit} or {(seq_len // unit + 1) * unit}"
-            )
-        if parallel.cp_kind != "ulysses":
-            if self.attention.path in ("single", "dense"):
-                raise ValueError(
-                    f"attention.path {self.attention.path} has no effect under parallel.cp_kind {parallel.cp_kind}, which "
-                    "is bisected: set attention.path to auto, or cp_kind to ulysses"
-                )
-            return
-        for name, heads in (("n_heads", self.model.n_heads), ("n_kv_heads", self.model.kv_heads)):
-            if heads % (tp * cp):
-                raise ValueError(
-                    f"parallel.cp_kind ulysses deals out heads and tp × cp = {tp * cp} does not divide {name} {heads}: "
-                    "set cp_kind to ring or all_gather, or lower parallel.cp"
-                )

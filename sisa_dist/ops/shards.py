@@ -1,4 +1,4 @@
-"""The score of a window whose stretches lie on several processes: each one's keys made ready to be sent, met and merged.
+"""The score of a window whose stretches lie on several processes: keys made ready to be sent, met, and merged.
 
 A window is cut into 2·R stretches for R processes; each holds an early and a late one. On the diagonal a stretch is an
 ordinary bisected call. Every other pair of them is a rectangle, an even span and an odd one of the bisection that need
@@ -208,6 +208,14 @@ def sums_beyond(sums: Tensor, docs: Tensor | None, mine: tuple[int, int]) -> Ten
             later = torch.where(goes_on[:, :, None, None], later, 0.0)
         found.append(later.sum(0))
     return torch.stack(found)
+
+
+def document_starts(docs: Tensor | None, like: Tensor) -> Tensor:
+    """Bool `[2R, B, h]`: the first token of each document; without docs of the window, `like` being `[2R, B, h]`."""
+    ids = (torch.zeros_like(like, dtype=torch.int8) if docs is None else docs).movedim(0, 1)
+    flat = ids.flatten(1)
+    edges = torch.cat((torch.ones_like(flat[:, :1], dtype=torch.bool), flat[:, 1:] != flat[:, :-1]), 1)
+    return edges.view(ids.shape).movedim(1, 0)
 
 
 def suffix_sums_from(x: Tensor, beyond: Tensor, doc_ids: Tensor | None, is_first: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Cuts a model for tensor and expert parallelism as the plan says, and its windows for context parallelism. Storage and optimizer are the engine's affair.
+"""Cuts a model for tensor and expert parallelism as the plan says, and its windows for context parallelism.
+
+Storage and optimizer are the engine's affair.
 
 After `apply_plan` each parameter is a plain tensor with this rank's slice, and the model's own code runs unchanged on
 fewer heads, columns and rows: `nn.Linear`, per-head parameters and `view(B, T, -1, head_dim)` never know.
@@ -18,7 +20,7 @@ from sisa_dist.model import LM
 from sisa_dist.model.moe import Experts
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.parallel.context import place_in_context
-from sisa_dist.parallel.context_score import Context
+from sisa_dist.parallel.context_group import Context
 from sisa_dist.parallel.expert import exchange_tokens
 from sisa_dist.parallel.layers import (
     Border,

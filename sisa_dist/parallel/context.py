@@ -23,7 +23,8 @@ from sisa_dist.model.mixers.sisa import SisaScore
 from sisa_dist.model.mixers.ssmax import SSMax
 from sisa_dist.model.placement import Placement
 from sisa_dist.parallel import collectives
-from sisa_dist.parallel.context_score import Context, context_attention
+from sisa_dist.parallel.context_group import Context
+from sisa_dist.parallel.context_score import context_attention
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class ZigzagPlacement(Placement):
         return length * self.context.size
 
     def own(self, x: Tensor, *, dim: int = 1) -> Tensor:
-        mine = torch.tensor(self.context.held_by(self.context.rank), device=x.device)
-        return x.unflatten(dim, (2 * self.context.size, -1)).index_select(dim, mine).flatten(dim, dim + 1)
+        return self.context.own(x.unflatten(dim, (2 * self.context.size, -1)), dim=dim).flatten(dim, dim + 1)
 
     def whole(self, x_Bt: Tensor) -> Tensor:
         sent = x_Bt.byte() if x_Bt.dtype == torch.bool else x_Bt
@@ -107,22 +107,17 @@ def _to_heads(x_BHt: Tensor, context: Context) -> Tensor:
     ones = [1] * context.size
     parts = x_BHt.unflatten(1, (context.size, -1)).movedim(1, 0)
     parts = collectives.all_to_all(parts, context.group, sent=ones, received=ones)  # [R, B, H/R, T/R, ...] by sender
-    every = parts.unflatten(3, (2, -1)).movedim(3, 1).flatten(0, 1)[_order(context).argsort()]
-    return every.movedim(0, 2).flatten(2, 3)
+    every = parts.unflatten(3, (2, -1)).movedim(3, 1).flatten(0, 1)
+    return context.sorted(every).movedim(0, 2).flatten(2, 3)
 
 
 def _to_tokens(x_BHT: Tensor, context: Context) -> Tensor:
     """Inverse of `_to_heads`."""
     ones = [1] * context.size
-    parts = x_BHT.unflatten(2, (2 * context.size, -1)).movedim(2, 0)[_order(context)]
+    parts = context.dealt(x_BHT.unflatten(2, (2 * context.size, -1)).movedim(2, 0))
     parts = parts.unflatten(0, (-1, 2)).movedim(1, 3).flatten(3, 4)
     parts = collectives.all_to_all(parts, context.group, sent=ones, received=ones)
     return parts.movedim(0, 1).flatten(1, 2)
-
-
-def _order(context: Context) -> Tensor:
-    """The stretches of rank 0, those of rank 1, …"""
-    return torch.tensor([stretch for rank in range(context.size) for stretch in context.held_by(rank)])
 
 
 def place_in_context(model: LM, context: Context) -> None:

@@ -232,18 +232,19 @@ def init_mesh(parallel: ParallelConfig, *, device: str = "auto", timeout: timede
 def _sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
     """(dp_replicate, dp_shard, tp) of `world_size` processes; cp is part of dp_shard."""
     tp, cp, replicate = parallel.tp, parallel.cp, parallel.dp_replicate
-    of_cp, cp_too = (" × parallel.cp", f" × {cp}") if cp > 1 else ("", "")
+    axes, sizes = "parallel.tp", f"{tp}"
+    if cp > 1:
+        axes, sizes = f"{axes} × parallel.cp", f"{sizes} × {cp}"
     wanted = tp * cp * (parallel.dp or replicate)
     if parallel.dp is not None and wanted != world_size:
         raise UserError(
-            f"parallel.tp{of_cp} × parallel.dp = {tp}{cp_too} × {parallel.dp} but {world_size} process(es) were "
-            f"launched: launch with torchrun --nproc-per-node {wanted}, or change parallel.dp (null takes every process "
-            "that is left)"
+            f"{axes} × parallel.dp = {sizes} × {parallel.dp} but {world_size} process(es) were launched: launch with "
+            f"torchrun --nproc-per-node {wanted}, or change parallel.dp (null takes every process that is left)"
         )
     if world_size % (tp * cp * replicate):
         raise UserError(
-            f"parallel.tp{of_cp} × parallel.dp_replicate = {tp}{cp_too} × {replicate} does not divide the {world_size} "
-            f"process(es) launched: launch a multiple of {tp * cp * replicate}, or set parallel.tp=1, "
+            f"{axes} × parallel.dp_replicate = {sizes} × {replicate} does not divide the {world_size} process(es) "
+            f"launched: launch a multiple of {tp * cp * replicate}, or set parallel.tp=1, "
             f"{'parallel.cp=1, ' if cp > 1 else ''}parallel.dp_replicate=1 and parallel.sequence_parallel=false"
         )
     shard = world_size // (tp * replicate)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ops.ops_cases import assert_close, make, value_and_gradients
 from torch import Tensor
 
 from distributed.pool import run_job
-from ops.ops_cases import assert_close, make, value_and_gradients
-from sisa_dist.ops import sisa_attention
 from sisa_dist.parallel.context import ZigzagPlacement
-from sisa_dist.parallel.context_score import Context, context_attention
+from sisa_dist.parallel.context_group import Context
+from sisa_dist.parallel.context_score import context_attention
 
 T = 48
 
