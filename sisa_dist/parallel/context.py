@@ -70,6 +70,7 @@ class UlyssesScore(nn.Module):
         super().__init__()
         self.context, self.inner = context, score
 
+    @torch.compiler.disable
     def forward(self, *qkv_and_rest: Tensor, doc_ids: Tensor | None, cache: Any) -> Tensor:
         assert cache is None, "decoding is not done under context parallelism"
         context = self.context

@@ -76,9 +76,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+ON_FOUR = ("strong decay", "grouped heads")  # the others there are slow
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        pytest.param(name, ranks, marks=[pytest.mark.slow] if ranks == 4 and name not in ON_FOUR else [])
+        for ranks in (2, 4)
+        for name in CASES
+    ],
+)
 @pytest.mark.parametrize("kind", ["all_gather", "ring"])
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_score_over_ranks_equals_one_process(name: str, kind: str, ranks: int, with_documents: bool) -> None:
     options = CASES[name]
