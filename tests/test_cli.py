@@ -64,6 +64,11 @@ def test_prepare_train_eval_generate(
         (("train", "CONFIG", "--set", "data.folder=nowhere"), "run `sisa prepare`"),
         (("train", "CONFIG", "--set", "model.vocab_size=100"), "model.vocab_size"),
         (("train", "CONFIG", "--set", "data.member_tokens=99"), "data.member_tokens was 256 and is now 99"),
+        (("train", "CONFIG", "--set", "parallel.cp=3"), "parallel.cp 3 cuts training.seq_len 64 into 2 × cp = 6"),
+        (
+            ("train", "CONFIG", "--set", "parallel.cp=2"),
+            "does not divide the 1 process(es) launched: launch a multiple",
+        ),
         (("train", "CONFIG", "--set", "device=cuda"), "device"),
         (("train", "CONFIG", "--set", "output_dir=CONFIG"), "cannot be made (File exists): name another output_dir"),
         (("train", "CONFIG", "--set", "output_dir=CONFIG/run"), "cannot be made (Not a directory)"),

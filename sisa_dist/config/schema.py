@@ -16,6 +16,7 @@ from sisa_dist.config.data import DataConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.evaluation import EvaluationConfig
 from sisa_dist.config.model import ModelConfig
+from sisa_dist.config.parallel import ParallelConfig, check_context
 from sisa_dist.config.section import Section
 
 
@@ -34,33 +35,6 @@ class AttentionConfig(Section):
         "cpu_flash",
         "products",
     ] = "auto"
-
-
-class ParallelConfig(Section):
-    """How the processes of a launch are dealt out: world size = tp × dp. Changes speed and memory, never the result."""
-
-    tp: PositiveInt = 1  # tensor-parallel ranks: heads, d_ff and the vocabulary are cut into this many slices
-    sequence_parallel: bool = False  # norms and residuals of a tp group hold T / tp tokens each
-    dp: PositiveInt | None = None  # data-parallel ranks; None: every process that tp leaves
-    dp_replicate: PositiveInt = 1  # of them, groups that hold whole copies (HSDP); weights are sharded inside a group
-    ep: PositiveInt = 1  # of the data ranks, how many hold one set of experts together and send each other tokens
-
-    @_model_validator(mode="after")
-    def _consistent(self) -> ParallelConfig:
-        if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel has no effect with tp 1: set tp to 2 or more, or remove it")
-        if self.dp is not None and self.dp % self.dp_replicate:
-            raise ValueError(f"dp_replicate {self.dp_replicate} does not divide dp {self.dp}: set it to a divisor")
-        for key in ("tp", "dp_replicate"):
-            if self.ep > 1 and getattr(self, key) > 1:
-                raise ValueError(
-                    f"ep {self.ep} does not go with {key} {getattr(self, key)}: set one of them to 1"
-                    + (" (tp deals out experts too)" if key == "tp" else "")
-                )
-        if self.dp is not None and self.dp % self.ep:
-            good = [n for n in range(1, self.dp + 1) if self.dp % n == 0]
-            raise ValueError(f"ep {self.ep} does not divide dp {self.dp}: set ep to one of {good}")
-        return self
 
 
 class EngineConfig(Section):
@@ -253,6 +227,7 @@ class RunConfig(Section):
             )
         self._check_experts()
         self._check_chunk()
+        check_context(self.parallel, self.model, seq_len=self.training.seq_len, path=self.attention.path)
         if self.training.eval_every is not None and self.data.validation_fraction == 0:
             raise ValueError(
                 "training.eval_every needs held-out text and data.validation_fraction is 0: set training.eval_every to "

@@ -45,7 +45,7 @@ class RunStage:
     def processes(self) -> int | None:
         """That its layout wants; None: as many as there are."""
         parallel = self.config.parallel
-        return None if parallel.dp is None else parallel.tp * parallel.dp
+        return None if parallel.dp is None else parallel.tp * parallel.cp * parallel.dp
 
     def like(self, other: RunStage) -> bool:
         """Whether one process can train both, one after the other."""

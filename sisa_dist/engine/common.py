@@ -53,11 +53,13 @@ def read_result(loss: Tensor, grad_norm: Tensor, count: Tensor, verdict: Verdict
 def pad_sequence(
     tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None, mesh: Mesh
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The batch with T a multiple of what sequence parallelism cuts it by.
+    """The batch with T a multiple of what context and sequence parallelism cut it by.
 
     Padding stands behind every real token, so none sees it, and its labels do not count.
     """
-    padding = -tokens_BT.shape[1] % (mesh.tp_size if mesh.sequence_parallel else 1)
+    tp = mesh.tp_size if mesh.sequence_parallel else 1
+    unit = tp if mesh.cp_size == 1 else mesh.cp_size * math.lcm(2, tp)
+    padding = -tokens_BT.shape[1] % unit
     if not padding:
         return tokens_BT, labels_BT, doc_ids_BT
     if doc_ids_BT is not None:

@@ -55,6 +55,7 @@ class DeepSpeedEngine:
                 "host, engine.deepspeed_config.zero_optimization.zero_hpz_partition_size"
             )
         self.mesh, self.dp_rank, self.dp_size = mesh, mesh.dp_rank, mesh.dp_size
+        self.reduce_size = mesh.reduce_size
         self.stage = config.engine.zero_stage
         settings = deepspeed_config(config, dp_size=mesh.dp_size, cuda=mesh.device.type == "cuda")
         if mesh.is_main and Path(config.output_dir).is_dir():
@@ -96,8 +97,8 @@ class DeepSpeedEngine:
         enter = self.mesh.enter
         enter("label count")
         count = count_labels(micro_batches, self.mesh)
-        # DeepSpeed averages over data ranks; the loss is a sum divided once by the global count.
-        scale = self.dp_size / count.clamp(min=1)
+        # DeepSpeed averages over data ranks, cp ranks among them; the loss is a sum divided once by the global count.
+        scale = self.reduce_size / count.clamp(min=1)
         loss_sum = torch.zeros((), device=self.mesh.device)
         self.model.reset_statistics()
         self.gates.before_step()
@@ -116,7 +117,7 @@ class DeepSpeedEngine:
             tied = self.model.config.tie_embeddings
             check_step(weights, gradients, self.slices, self.mesh, tied=tied, step=self.step_number)
         enter("loss")
-        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
+        loss_mean = self.mesh.sum_over_reduced(loss_sum) / count
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         enter("optimizer")
@@ -255,10 +256,10 @@ class _MPU:
         return dist.get_global_rank(self._mesh.group("tp"), 0)
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.dp_rank
+        return self._mesh.reduce_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._mesh.dp_size
+        return self._mesh.reduce_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._mesh.group("dp_shard")

@@ -37,6 +37,7 @@ class FSDP2Engine:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self.mesh, self.dp_rank, self.dp_size = mesh, mesh.dp_rank, mesh.dp_size
+        self.reduce_size = mesh.reduce_size
         self.grad_clip = config.optimizer.grad_clip
         self.check_every = config.engine.check_every
         self.step_number = 0
@@ -62,8 +63,8 @@ class FSDP2Engine:
         enter = self.mesh.enter
         enter("label count")
         count = count_labels(micro_batches, self.mesh)
-        # FSDP averages over data ranks; the loss is a sum divided once by the global count.
-        scale = self.dp_size / count.clamp(min=1)
+        # FSDP averages over data ranks, cp ranks among them; the loss is a sum divided once by the global count.
+        scale = self.reduce_size / count.clamp(min=1)
         loss_sum = torch.zeros((), device=self.mesh.device)
         self.model.reset_statistics()
         self.gates.before_step()
@@ -86,7 +87,7 @@ class FSDP2Engine:
             check_step(weights, gradients, self.slices, self.mesh, tied=tied, step=self.step_number)
         enter("gradient norm")
         grad_norm = self._clip()
-        loss_mean = self.mesh.sum_over_dp(loss_sum) / count
+        loss_mean = self.mesh.sum_over_reduced(loss_sum) / count
         enter("verdict")
         verdict = self.guard.judge(loss_mean, grad_norm, stop=stop)
         skip_if(self.optimizer, verdict.skip)

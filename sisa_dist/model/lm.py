@@ -16,7 +16,8 @@ from sisa_dist.model.loss import IGNORE
 from sisa_dist.model.meta import at_tokens, refuse_new_documents, spread_labels, with_meta_tokens
 from sisa_dist.model.mixers import Cache
 from sisa_dist.model.norm import residual_norm
-from sisa_dist.model.rope import rope_tables
+from sisa_dist.model.placement import Placement
+from sisa_dist.model.rope import RopeTables, rope_tables
 from sisa_dist.model.scale import scaled
 
 
@@ -46,6 +47,7 @@ class LM(nn.Module):
         self.gates = Gates(config) if config.learned_d_s else None
         self.norm = residual_norm(config)
         self.head = Head(config)
+        self.placement = Placement()
         self.routed: RoutingSums | None = None  # of forwards with labels that have gradients
 
     def forward(
@@ -76,7 +78,9 @@ class LM(nn.Module):
             labels_BT = labels_BT if labels_BT is None else spread_labels(labels_BT, prefixed, ignore=IGNORE)
         else:
             prefixed = None
-        h_BTD = scaled(self.embed(tokens_BT), by.embedding)
+        own = self.placement
+        h_BTD = scaled(self.embed(own.own(tokens_BT)), by.embedding)
+        labels_BT = labels_BT if labels_BT is None else own.own(labels_BT)
         rope = rope_tables(
             start,
             tokens_BT.shape[1],
@@ -87,6 +91,7 @@ class LM(nn.Module):
             scaling=config.rope_scaling,
             total_length=None if total_length is None else total_length + config.meta_tokens,
         )
+        rope = RopeTables(*(own.own(table, dim=table.ndim - 2) for table in rope))
         gate_of: dict[int, Tensor] = {}
         gate_cost = None
         if self.gates is not None:
@@ -104,6 +109,7 @@ class LM(nn.Module):
         found = self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)
         if labels_BT is not None and not per_token:
             return self._with_costs(found, routings, gate_cost, labels_BT)
+        found = own.whole(found) if isinstance(found, Tensor) else (own.whole(found[0]), own.whole(found[1]))
         if prefixed is None or last_only:
             return found
         if isinstance(found, Tensor):

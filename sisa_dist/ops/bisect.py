@@ -94,6 +94,9 @@ def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backen
     return out.to(q.dtype).contiguous(), lse.contiguous(), g, turns
 
 
+bisected_forward = _bisected  # with lse, for who merges it with other keys of the same rows
+
+
 @_bisected.register_fake
 def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
     work = work_dtype(q.dtype)
@@ -149,13 +152,26 @@ def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, sc
     return *grads, dlog_alpha.to(work).contiguous(), dtheta.to(work).contiguous(), dlam
 
 
+bisected_gradients = _bisected_backward  # of the rows' whole softmax, which may have more keys than these
+
+
 def through_rotation(
     dC: Tensor, dB: Tensor, C: Tensor, B: Tensor, unit: Tensor, lam: Tensor, doc_ids: Tensor | None, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the gradients of C̃ = (λ/scale) e^g R(Φ) C and B̃ = e^−g R(Φ) B to those of C, B, log α, θ and λ.
+    """From the gradients of C̃ = (λ/scale) e^g R(Φ) C and B̃ = e^−g R(Φ) B to those of C, B, log α, θ and λ: g's and Φ's
+    are summed over what follows."""
+    dC, dB, dg, dphase, dlam = turned_back(dC, dB, C, B, unit, lam, scale=scale)
+    segments = None if doc_ids is None else Segments.of(doc_ids)
+    return dC, dB, suffix_sums(dg, segments), suffix_sums(dphase, segments), dlam
+
+
+def turned_back(
+    dC: Tensor, dB: Tensor, C: Tensor, B: Tensor, unit: Tensor, lam: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `through_rotation`, but to the gradients of C, B, g, Φ and λ.
 
     As complex pairs, d/dΦ and d/dg of C̃ both come from the one product dC̃·conj(C̃): its real part summed over pairs
-    is dg, its imaginary part dΦ. log α and θ then take the suffix sums.
+    is dg, its imaginary part dΦ.
     """
     group = C.shape[1] // B.shape[1]
     back = unit.conj_physical()
@@ -171,10 +187,7 @@ def through_rotation(
     decay_C, phase_C = decay_C * (lam / scale)[:, None], of_C.imag * (lam / scale)[:, None, None]
     if group > 1:
         decay_C, phase_C = (x.unflatten(1, (-1, group)).sum(2) for x in (decay_C, phase_C))
-    segments = None if doc_ids is None else Segments.of(doc_ids)
-    dlog_alpha = suffix_sums(decay_C - of_B.real.sum(-1), segments)
-    dtheta = suffix_sums(phase_C.add_(of_B.imag), segments)
-    return dC, as_real(dB_c), dlog_alpha, dtheta, dlam
+    return dC, as_real(dB_c), decay_C - of_B.real.sum(-1), phase_C.add_(of_B.imag), dlam
 
 
 @_bisected_backward.register_fake

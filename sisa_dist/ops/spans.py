@@ -75,12 +75,25 @@ def phase_turns(theta_BGTm: Tensor, first_BT: Tensor | None, *, work: torch.dtyp
     angle's own rounding. Counting from the document's first token keeps an earlier document's θ
     from moving a bit of the rotated channels.
     """
-    bits = 52 if work == torch.float64 else 44
-    units = (theta_BGTm.double() * (0.5 / math.pi * 2.0**bits)).round_().long().cumsum(2)
+    units = phase_units(theta_BGTm, work=work)
     if first_BT is not None:
         units = units - units.gather(2, first_BT[:, None, :, None].expand_as(units))
+    return as_turns(units, work=work, dtype=work)
+
+
+def phase_units(theta_BGTm: Tensor, *, work: torch.dtype) -> Tensor:
+    """Inclusive running sums of θ along T as int64, in units of 2^-44 turn (2^-52 in fp64)."""
+    return (theta_BGTm.double() * (0.5 / math.pi * 2.0 ** _bits(work))).round_().long().cumsum(2)
+
+
+def as_turns(units: Tensor, *, work: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """What `phase_units` counted for `work` as turns in [−1/2, 1/2], exact in fp64; overwrites units."""
     # Shifted so that whole turns fall off the top and the sign bit is half a turn.
-    return units.mul_(1 << (64 - bits)).to(work).mul_(2.0**-64)
+    return units.mul_(1 << (64 - _bits(work))).to(dtype).mul_(2.0**-64)
+
+
+def _bits(work: torch.dtype) -> int:
+    return 52 if work == torch.float64 else 44
 
 
 def turn(turns: Tensor) -> Tensor:

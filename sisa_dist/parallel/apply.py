@@ -1,4 +1,6 @@
-"""Cuts a model for tensor and expert parallelism as the plan says. Storage and optimizer are the engine's affair.
+"""Cuts a model for tensor and expert parallelism as the plan says, and its windows for context parallelism.
+
+Storage and optimizer are the engine's affair.
 
 After `apply_plan` each parameter is a plain tensor with this rank's slice, and the model's own code runs unchanged on
 fewer heads, columns and rows: `nn.Linear`, per-head parameters and `view(B, T, -1, head_dim)` never know.
@@ -17,6 +19,8 @@ from torch import nn
 from sisa_dist.model import LM
 from sisa_dist.model.moe import Experts
 from sisa_dist.model.norm import RMSNorm
+from sisa_dist.parallel.context import place_in_context
+from sisa_dist.parallel.context_group import Context
 from sisa_dist.parallel.expert import exchange_tokens
 from sisa_dist.parallel.layers import (
     Border,
@@ -91,6 +95,8 @@ def apply_plan(model: LM, mesh: Mesh, *, overlap: bool = True, plan: Mapping[str
     for region in model.modules():
         if mesh.ep_size > 1 and isinstance(region, Experts):
             exchange_tokens(region, mesh.group("ep"))
+    if mesh.cp_size > 1:
+        place_in_context(model, Context(mesh.group("cp"), mesh.cp_kind))
     if tp == 1:
         return slices
     border = Border(mesh.group("tp"), mesh.sequence_parallel)

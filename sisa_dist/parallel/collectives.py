@@ -132,6 +132,23 @@ def start_all_reduce(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.
     return total, dist.all_reduce(total, group=group, async_op=True)
 
 
+def start_pass_on(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, list[dist.Work]]:
+    """Round the ring: x goes to the next rank, and the tensor holds the one before's once the works are waited for."""
+    x, rank, size = x.contiguous(), group.rank(), group.size()
+    found = torch.empty_like(x)
+    to, source = (dist.get_global_rank(group, (rank + step) % size) for step in (1, -1))
+    sends = [dist.P2POp(dist.isend, x, to, group), dist.P2POp(dist.irecv, found, source, group)]
+    return found, dist.batch_isend_irecv(sends)
+
+
+def pass_on(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`start_pass_on`, waited for."""
+    found, running = start_pass_on(x, group)
+    for work in running:
+        work.wait()
+    return found
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup, *, dim: int = SEQUENCE) -> Tensor:
     """The ranks' tensors, of one shape, side by side along `dim`."""
     x = x.contiguous()

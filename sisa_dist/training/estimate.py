@@ -23,6 +23,8 @@ from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_s
 from sisa_dist.training.states import local_shapes, states
 from sisa_dist.training.zero import zero_peaks
 
+INSIDE = ("ep", "cp")  # axes laid over the ranks of dp_shard
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -32,7 +34,7 @@ class Estimate:
     flops_per_token: float  # forward and backward, without recomputation
     flops_per_step: float
     tokens_per_step: int
-    mesh: dict[str, int]  # size of each axis; ep, over 1, is of dp_shard's ranks
+    mesh: dict[str, int]  # size of each axis; ep and cp, over 1, are of dp_shard's ranks
     micro_batches: int  # of each rank in a step
     weights: int  # fp32 masters
     gradients: int
@@ -53,12 +55,12 @@ class Estimate:
 
 
 def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
-    """For `world_size` processes; None: parallel.tp × parallel.dp (where dp is null 1, dp_replicate or ep).
+    """For `world_size` processes; None: tp × cp × dp of `parallel` (where dp is null 1, dp_replicate or ep).
 
     Raises UserError where the config does not fit so many.
     """
     parallel = config.parallel
-    world_size = world_size or parallel.tp * (parallel.dp or parallel.dp_replicate * parallel.ep)
+    world_size = world_size or parallel.tp * parallel.cp * (parallel.dp or parallel.dp_replicate * parallel.ep)
     with pretended_mesh(config, world_size) as mesh:
         _check_batch(config, mesh)
         with torch.device("meta"):
@@ -69,7 +71,8 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
         meter = rehearse_step(config, mesh)
         shapes = local_shapes(slices, mesh)
-        sizes = {axis: mesh.size(axis) for axis in AXES} | ({"ep": mesh.ep_size} if mesh.ep_size > 1 else {})
+        sizes = {axis: mesh.size(axis) for axis in AXES}
+        sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
     peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:
@@ -134,14 +137,14 @@ def _check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def _heading(config: RunConfig, found: Estimate) -> str:
     engine, training = config.engine, config.training
-    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1 and axis != "ep")
-    axes = (axes or "one process") + (f" (ep {found.mesh['ep']})" if "ep" in found.mesh else "")
+    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1 and axis not in INSIDE)
+    axes = (axes or "one process") + "".join(f" ({axis} {found.mesh[axis]})" for axis in INSIDE if axis in found.mesh)
     kind = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
     return (
         f"{config.name}: {found.parameters:,} parameters, {found.flops_per_token:.3g} FLOPs a token, "
         f"{found.flops_per_step:.3g} a step of {found.tokens_per_step:,} tokens\n"
         f"{kind}, {engine.precision}, {axes}: {found.micro_batches} micro-batch(es) of "
-        f"{training.micro_batch_size} × {training.seq_len} a rank"
+        f"{training.micro_batch_size} × {training.seq_len // found.mesh.get('cp', 1)} a rank"
     )
 
 

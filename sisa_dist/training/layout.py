@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sisa_dist.engine import build_engine
 from sisa_dist.ops.backends import explain_backends
 from sisa_dist.ops.forgetting import bias_channels
 from sisa_dist.parallel.apply import Slice
+from sisa_dist.parallel.context_group import Context
 from sisa_dist.parallel.mesh import AXES, Mesh, init_mesh
 from sisa_dist.parallel.plan import check_tp
 
@@ -48,8 +49,12 @@ def diagnose_layout(config: RunConfig) -> bool:
         told = f"{len(names)} differ: {', '.join(names[:3])}" if names else "to the bit, by checksum"
         _add(table, f"weights held alike along {axis}", not names, told)
     places: list[list[int]] = [[] for _ in everyone]
-    dist.all_gather_object(places, [mesh.device_mesh.get_local_rank(axis) for axis in AXES])
-    console.print(_mesh_table(everyone, places))
+    axes = (*AXES, "cp") if mesh.cp_size > 1 else AXES
+    mine = [mesh.cp_rank if axis == "cp" else mesh.device_mesh.get_local_rank(axis) for axis in axes]
+    dist.all_gather_object(places, mine)
+    console.print(_mesh_table(everyone, axes, places))
+    if mesh.cp_size > 1:
+        console.print(_context_table(config, mesh))
     console.print(_slice_table(engine.slices, mesh, config.engine))
     console.print(_backend_table(config, mesh))
     console.print(table)
@@ -81,10 +86,20 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
-def _mesh_table(everyone: list[dict[str, Any]], places: list[list[int]]) -> Table:
-    table = Table("rank", "host", "device", *AXES, title="mesh: place on each axis", title_justify="left")
+def _mesh_table(everyone: list[dict[str, Any]], axes: Sequence[str], places: list[list[int]]) -> Table:
+    table = Table("rank", "host", "device", *axes, title="mesh: place on each axis", title_justify="left")
     for rank, (found, place) in enumerate(zip(everyone, places, strict=True)):
         table.add_row(str(rank), found["host"], found["device"], *map(str, place))
+    return table
+
+
+def _context_table(config: RunConfig, mesh: Mesh) -> Table:
+    title = f"positions of each window: cp {mesh.cp_size} by {mesh.cp_kind}, ranks of dp_shard to the engine"
+    table = Table("cp", "positions", title=title, title_justify="left")
+    context, length = Context(mesh.group("cp"), mesh.cp_kind), config.training.seq_len // (2 * mesh.cp_size)
+    for rank in range(mesh.cp_size):
+        held = [f"{stretch * length}–{(stretch + 1) * length - 1}" for stretch in context.held_by(rank)]
+        table.add_row(str(rank), ", ".join(held))
     return table
 
 

@@ -1,10 +1,10 @@
 """Training on without shards that are not there (data.on_missing: skip), alike on every rank and in every sitting.
 
-The ranks of a tensor-parallel group read the same windows, each for itself; one of them finding a shard that another
-did not would train on two different batches. So before each step all ranks agree on what is missing, by a flag, and by
-a vector over the shards where something was found. From the first step that could not have a shard to the end of the
-run it counts for nothing, also where a cache still holds it: a run that is resumed finds that in missing_shards.json
-and does its steps as they were done before. Which windows come, and in which order, never changes.
+The ranks of a tensor- or context-parallel group read the same windows, each for itself; one of them finding a shard
+that another did not would train on two different batches. So before each step all ranks agree on what is missing, by a
+flag, and by a vector over the shards where something was found. From the first step that could not have a shard to the
+end of the run it counts for nothing, also where a cache still holds it: a run that is resumed finds that in
+missing_shards.json and does its steps as they were done before. Which windows come, and in which order, never changes.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from data_pipeline.loader import Loader
 from sisa_dist.checkpoint import Saver, TrainState, list_checkpoints
 from sisa_dist.config import Run, RunConfig, RunStage, UserError

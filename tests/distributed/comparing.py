@@ -29,6 +29,7 @@ def errors(case: Case, got: Outcome, want: Outcome, *, gpu: bool = False) -> dic
     # Without tp no sum of the forward is split, so it is the same to the bit; a compiler orders sums its own way.
     exact_forward = ("tp" not in case.layout or case.layout == "tp1") and not dict(case.engine).get("compile")
     exact_forward &= "ep" not in case.layout  # an expert's rows stand in another table, which products may feel
+    exact_forward &= "cp" not in case.layout  # a row's softmax is merged of other parts
     exact_forward &= not gpu
     bf16 = case.precision == "bf16"
     found = {f"initial {name}": _exact(got.initial[name], tensor) for name, tensor in want.initial.items()}

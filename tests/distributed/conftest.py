@@ -16,6 +16,7 @@ FLOORS = {
     "test_a_mistake_turns_the_grid_red": 29,
     "test_full_product_equals_one_process": 216,
     "test_zero_equals_one_process": 24,
+    "test_windows_cut_over_ranks_equal_one_process": 12,
     "test_zero_full_product_equals_one_process": 48,
 }
 

@@ -44,6 +44,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
     "ep2": (2, {"dp": 2, "ep": 2}),
     "ep2_dp4": (4, {"dp": 4, "ep": 2}),
     "ep4": (4, {"dp": 4, "ep": 4}),
+    "cp2": (2, {"cp": 2}),
+    "cp2_ring": (2, {"cp": 2, "cp_kind": "ring"}),
+    "cp2_ulysses": (2, {"cp": 2, "cp_kind": "ulysses"}),
+    "cp4": (4, {"cp": 4}),
+    "cp4_ring": (4, {"cp": 4, "cp_kind": "ring"}),
+    "cp4_ulysses": (4, {"cp": 4, "cp_kind": "ulysses"}),
+    "cp2_dp2": (4, {"cp": 2, "dp": 2}),
+    "cp2_dp2_ring": (4, {"cp": 2, "dp": 2, "cp_kind": "ring"}),
+    "hsdp_cp2_2x1": (4, {"cp": 2, "dp": 2, "dp_replicate": 2}),
+    "cp2_tp2": (4, {"cp": 2, "tp": 2}),
+    "cp2_tp2_ulysses": (4, {"cp": 2, "tp": 2, "cp_kind": "ulysses"}),
+    "cp2_tp2_sp": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}),
+    "cp2_tp2_sp_ring": (4, {"cp": 2, "tp": 2, "sequence_parallel": True, "cp_kind": "ring"}),
 }
 
 
@@ -130,7 +143,8 @@ class Case:
 
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "layout": tuple(layout for layout in LAYOUTS if layout != "dp4" and "ep" not in layout),  # ZeRO's or mixtures'
+    # not ZeRO's, mixtures', or test_grid_context.py's
+    "layout": tuple(name for name in LAYOUTS if name != "dp4" and "ep" not in name and "cp" not in name),
     "mixer": ("sisa", "attention"),
     "n_kv_heads": (4, 2, 1),
     "d_s": ("uniform", "heterogeneous"),

@@ -43,10 +43,12 @@ class Place:
     precision: str = "fp32"
     replicate: int = 1
     offload: bool = False
+    cp: int = 1
+    cp_kind: str = "all_gather"
 
     @property
     def dp(self) -> int:
-        return self.ranks // self.tp
+        return self.ranks // (self.tp * self.cp)
 
     def config(self, base: RunConfig, run: Path) -> RunConfig:
         """`base` at this place, with `run` as its run folder."""
@@ -54,6 +56,7 @@ class Place:
         if self.engine != "fsdp2":
             engine |= {"kind": "deepspeed", "zero_stage": int(self.engine[-1])}
         parallel = {"tp": self.tp, "sequence_parallel": self.sp, "dp_replicate": self.replicate}
+        parallel |= {"cp": self.cp, "cp_kind": self.cp_kind}
         # One micro-batch, but two at two data ranks without tp, where they are cheap.
         training = {"micro_batch_size": WINDOWS // self.dp // (2 if (self.tp, self.dp) == (1, 2) else 1)}
         sections = {"engine": engine, "parallel": parallel, "training": training}
@@ -64,6 +67,7 @@ class Place:
 
     def __str__(self) -> str:
         extra = {"sp": self.sp, self.precision: self.precision != "fp32", "hsdp": self.replicate > 1}
+        extra[f"cp{self.cp}_{self.cp_kind}"] = self.cp > 1
         names = [name for name, is_so in (extra | {"offload": self.offload}).items() if is_so]
         return "_".join([self.engine, f"tp{self.tp}", f"dp{self.dp}", *names])
 

@@ -128,7 +128,7 @@ def _flag_forgotten(engine: Any) -> None:
 
 
 def _unaveraged(engine: FSDP2Engine) -> None:
-    engine.dp_size = 1
+    engine.reduce_size = 1
 
 
 def _of_the_next_rank(pattern: str) -> EngineChange:

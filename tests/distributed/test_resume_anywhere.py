@@ -161,7 +161,16 @@ def check(move: Move) -> None:
 
 MIXED_WAY = [Place("zero2", 2, 2), Place("fsdp2", 4, 4, True), Place("zero3", 4, 2), Place("fsdp2", 1)]
 MIXED_WAY += [Place("zero0", 4, 4), Place("zero0", 4, 4)]
-WAYS = {"every engine": (SISA, WAY), "bf16": (SISA, BF16), "mixed": (MIXED, MIXED_WAY), "gated": (GATED, MIXED_WAY)}
+# Into context parallelism, about in it, and out again.
+CONTEXT_WAY = [Place("fsdp2", 1), Place("fsdp2", 2, cp=2, cp_kind="ring"), Place("zero2", 4, 2, cp=2)]
+CONTEXT_WAY += [Place("zero3", 4, cp=2), Place("fsdp2", 2, 2)]
+WAYS = {
+    "every engine": (SISA, WAY),
+    "context": (SISA, CONTEXT_WAY),
+    "bf16": (SISA, BF16),
+    "mixed": (MIXED, MIXED_WAY),
+    "gated": (GATED, MIXED_WAY),
+}
 STEPS = BEFORE * len(WAY) + AFTER
 MOVES = [
     pytest.param(name, number, id=f"{a}->{b}", marks=[pytest.mark.slow] if name in ("mixed", "gated") else [])

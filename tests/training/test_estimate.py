@@ -48,6 +48,7 @@ def _states(config: RunConfig, world_size: int) -> list[States]:
 EXACT = {name: LAYOUTS[name] for name in ("tp1", "dp2", "tp2", "tp2_dp2", "tp2_dp2_sp", "hsdp_2x2")}
 EXACT["dp3"] = 3, {"dp": 3}  # the last rank holds less, of λ nothing
 EXACT["ep2"] = 2, {"dp": 2, "ep": 2}
+EXACT["cp2_tp2"] = LAYOUTS["cp2_tp2"]
 EXACT["ep2_dp4"] = 4, {"dp": 4, "ep": 2}  # three experts over two ranks
 
 
@@ -65,7 +66,16 @@ def test_states_are_exact_to_the_byte(layout: str) -> None:
         assert expected[2].total < expected[0].total
 
 
-STAGES = [(0, "dp2"), (1, "dp2"), (2, "dp2"), (3, "dp2"), (3, "tp2_dp2_sp"), (1, "ep2_dp4"), (2, "ep2_dp4")]
+STAGES = [
+    (0, "dp2"),
+    (1, "dp2"),
+    (2, "dp2"),
+    (3, "dp2"),
+    (3, "tp2_dp2_sp"),
+    (2, "cp2_tp2"),
+    (1, "ep2_dp4"),
+    (2, "ep2_dp4"),
+]
 
 
 @pytest.mark.parametrize(("stage", "layout"), STAGES)
@@ -113,6 +123,9 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
     "attention_moe": (1, [*ATTENTION, "model.mlp=moe", "model.moe={experts: 4}"]),
     "moe_dp2_checkpointed": (2, [*CHECKPOINTED, "model.mlp=moe", "model.moe={experts: 4, shared: 1}"]),
     "moe_ep2": (2, ["parallel.ep=2", "model.mlp=moe", "model.moe={experts: 4}"]),
+    "sisa_cp2_documents": (2, ["parallel.cp=2", "data.document_mask=true"]),
+    "sisa_cp2_ring_bf16": (2, ["parallel.cp=2", "parallel.cp_kind=ring", "engine.precision=bf16"]),
+    "attention_cp2_ulysses": (2, [*ATTENTION, "parallel.cp=2", "parallel.cp_kind=ulysses"]),
     "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
 }
 
@@ -186,6 +199,10 @@ def test_numbers_and_refusals() -> None:
         UserError, match=r"ep 2 does not divide the 3 data rank\(s\) launched: set it to one of \[1, 3\]"
     ):
         alone(estimate, load_config(QUICKSTART, [*SMALL, *experts]), world_size=3)
+    halved = alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.cp=2"]), world_size=2)
+    assert halved.mesh == {"dp_replicate": 1, "tp": 1, "dp_shard": 2, "cp": 2} and halved.micro_batches == 2
+    assert (halved.states, halved.flops_per_step) == (found.states, found.flops_per_step)
+    assert 0.5 * found.activations < halved.activations < 0.6 * found.activations
     with pytest.raises(UserError, match="does not divide the 3 process"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
 

@@ -102,3 +102,13 @@ def test_doctor_shows_who_holds_which_experts() -> None:
     lines = [" ".join(line.replace("│", " ").split()) for line in results[0][1].splitlines()]
     assert "blocks.0.mlp.experts.up 4 × 32 × 48 dim 0: 0–1, 2–3 its own" in lines, lines
     assert "experts: ep 2, then over the 2 that hold the same" in " ".join(results[0][1].split())
+
+
+def test_doctor_shows_who_holds_which_positions() -> None:
+    config = parse_config(CONFIG | {"parallel": {"tp": 2, "cp": 2}}, source="test")
+    results = run_job(4, _diagnose, config, None)
+    assert [passed for passed, _ in results] == [True] * 4
+    lines = [" ".join(line.replace("│", " ").split()) for line in results[0][1].splitlines()]
+    assert any(line.startswith("3 ") and line.endswith("cpu 0 1 1 1") for line in lines), lines
+    assert any(line.startswith("1 ") and line.endswith("cpu 0 1 0 0") for line in lines), lines
+    assert "0 0–15, 48–63" in lines and "1 16–31, 32–47" in lines

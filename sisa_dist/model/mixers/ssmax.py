@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sisa_dist.model.init import Constant, Init
 from sisa_dist.model.mixers.base import Cache
+from sisa_dist.model.placement import Placement
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.ops import tokens_seen
 
@@ -27,13 +28,15 @@ class SSMax(nn.Module):
         # mean of log n over n = 1 … N is log(N!) / N
         self.init_rules: dict[str, Init] = {"scale": Constant(training_tokens / math.lgamma(training_tokens + 1))}
         self.scale = nn.Parameter(torch.empty(n_heads))
+        self.placement = Placement()
 
     def forward(self, *x_BHTK: Tensor, doc_ids: Tensor | None, cache: Cache | None) -> tuple[Tensor, ...]:
         """Each x scaled. n counts within the document, tokens that lie in the cache among them."""
         scale, start = self.scale, 0
         if cache is not None:
             doc_ids, start = cache.documents(doc_ids), cache.length
-        seen = tokens_seen(doc_ids, x_BHTK[0].shape[2], start=start, device=scale.device)
+        length = self.placement.window(x_BHTK[0].shape[2])
+        seen = self.placement.own(tokens_seen(doc_ids, length, start=start, device=scale.device))
         factor_BHT1 = scale[:, None, None] * seen.to(scale.dtype).log()[:, None, :, None]
         return tuple((at_least_fp32(x) * factor_BHT1).to(x.dtype) for x in x_BHTK)
 

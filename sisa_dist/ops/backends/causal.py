@@ -53,6 +53,9 @@ def _causal(q, k, v, scale, backend):  # type: ignore[no-untyped-def]
     return _tokens_first(out[..., :d_v].to(q.dtype)), lse.to(work_dtype(q.dtype)).contiguous()
 
 
+causal_forward = _causal  # with lse, for who merges it with other keys of the same rows
+
+
 @_causal.register_fake
 def _causal_fake(q, k, v, scale, backend):  # type: ignore[no-untyped-def]
     B, H, T, _ = q.shape
@@ -75,6 +78,9 @@ def _causal_backward(dout, q, k, v, out, lse, scale, backend):  # type: ignore[n
         dx[..., : x.shape[-1]].to(x.dtype, memory_format=torch.contiguous_format, copy=True)
         for dx, x in zip(grads, (q, k, v), strict=True)
     )
+
+
+causal_gradients = _causal_backward  # of the rows' whole softmax, which may have more keys than these
 
 
 @_causal_backward.register_fake

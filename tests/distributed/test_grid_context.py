@@ -1,0 +1,98 @@
+"""Windows cut over context-parallel ranks equal one process, in every form and beside every other way to split.
+
+As test_grid.py: scores, losses, every gradient, norms and weights after five clipped steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed.comparing import FP32, errors, red
+from distributed.grid import LAYOUTS, Case, Outcome, batch, constants_with_noise, run_case, run_plain
+from distributed.pool import run_job
+from sisa_dist.engine import build_engine
+from sisa_dist.parallel.mesh import init_mesh
+
+ZERO1, ZERO2, ZERO3 = ((("kind", "deepspeed"), ("zero_stage", stage)) for stage in (1, 2, 3))
+
+FAST = [
+    Case("cp2", "sisa", 2, "heterogeneous", "fp32", documents=True),
+    Case("cp2_ring", "sisa", 4, "uniform", "fp32", checkpointing=True),
+    Case("cp2_ulysses", "sisa", 2, "heterogeneous", "fp32", documents=True),
+    Case("cp2", "attention", 1, "heterogeneous", "fp32", tied=False),
+    Case("cp2", "sisa_ssmax", 2, "uniform", "fp32", documents=True),
+    Case("cp2", "sisa", 4, "uniform", "bf16", documents=True),
+    Case("cp2", "sisa", 4, "uniform", "fp32", engine=ZERO2),
+    Case("cp4", "sisa", 1, "uniform", "fp32", documents=True, qk_norm=True),
+    Case("cp2_dp2", "sisa", 4, "uniform", "fp32"),
+    Case("cp2_tp2", "sisa", 2, "uniform", "fp32", documents=True),
+    Case("cp2_tp2_sp_ring", "sisa", 1, "heterogeneous", "fp32", checkpointing=True),
+    Case("cp2_tp2", "sisa", 4, "uniform", "fp32", documents=True, engine=ZERO3),
+]
+LAID = [name for name in LAYOUTS if "cp" in name]
+
+
+def slow() -> list[Case]:
+    """Every layout under every engine, for both mixers; and what a block or a score may have besides."""
+    found = []
+    for layout, engine in itertools.product(LAID, ((), ZERO1, ZERO2, ZERO3)):
+        kv = 4 if "ulysses" in layout else 2
+        if not (engine and "hsdp" in layout):
+            found += [
+                Case(layout, "sisa", kv, "heterogeneous", "fp32", documents=not engine, tied=False, engine=engine),
+                Case(layout, "attention", 4, "uniform", "fp32", documents=bool(engine), engine=engine),
+            ]
+    found += [Case(layout, "sisa", 4, "uniform", "bf16", documents=True) for layout in LAID]
+    found += [Case("cp2_tp2", name, 4, "uniform", "fp32") for name in ("attention_ssmax", "no_decay", "ssm_gated")]
+    found += [Case("cp2", "sisa", 4, "uniform", "fp32", engine=(("compile", True),))]
+    return found
+
+
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in slow())]
+
+
+@functools.cache
+def reference(case: Case) -> Outcome:
+    return run_plain(case) if case.precision == "fp32" else run_job(1, run_case, case)[0]
+
+
+def check(case: Case) -> None:
+    want = reference(case.reference())
+    got = run_job(case.world_size, run_case, case)[0]
+    clip = case.config().optimizer.grad_clip
+    assert clip is not None and min(want.norms) > clip, "clipping must be active"
+    assert all((want.final[name] - tensor).abs().max() > 1e-4 for name, tensor in want.initial.items())
+    found = errors(case, got, want)
+    assert len(found) > 40
+    assert not red(found)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case}-{case.zero_stage}")
+def test_windows_cut_over_ranks_equal_one_process(case: Case) -> None:
+    check(case)
+
+
+LENGTHS = (1, 13, 40)
+
+
+def scores(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Of windows of lengths that nothing divides."""
+    with constants_with_noise():
+        config = case.config()
+        engine = build_engine(config, init_mesh(config.parallel, device="cpu"))
+        whole = batch(case, 0)
+        return [engine.score(whole.tokens[:, :n], whole.labels[:, -n:], whole.doc_ids[:, :n]) for n in LENGTHS]  # type: ignore
+
+
+def test_windows_of_any_length_are_scored() -> None:
+    case = Case("cp2_tp2_sp_ring", "sisa", 4, "uniform", "fp32", documents=True)
+    want = run_job(1, scores, case.reference())[0]
+    for found in run_job(case.world_size, scores, case):
+        for (log_prob, is_argmax), (want_log_prob, want_is_argmax) in zip(found, want, strict=True):
+            torch.testing.assert_close(log_prob, want_log_prob, rtol=FP32, atol=FP32)
+            assert torch.equal(is_argmax, want_is_argmax)
