@@ -281,7 +281,7 @@ class ModelConfig(Section):
         if "hymba" in self.layer_mixers and self.attention_bias == "all":
             raise ValueError("attention_bias all is of W_O too, and hymba's has none: set it to qkv or none")
         if set(self.layer_mixers) <= set(WITHOUT_HEADS):
-            for key in ("qk_norm", "attention_bias", "rope_theta", "n_kv_heads"):
+            for key in ("qk_norm", "attention_bias", "rope_theta"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key} is of attention, and no layer has any: remove {key}")
         if self.meta_tokens and self.moe is not None:

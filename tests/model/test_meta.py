@@ -65,7 +65,7 @@ def test_they_learn_and_are_never_predicted() -> None:
 def test_they_are_rows_of_the_padding_where_it_has_room() -> None:
     assert config_of(vocab_size=60).padded_vocab_size == 64  # 60 and 4
     assert config_of(vocab_size=61).padded_vocab_size == 80
-    assert config_of(mixer="mamba", hymba=None, n_kv_heads=None).padded_vocab_size == 64
+    assert config_of(mixer="mamba", hymba=None).padded_vocab_size == 64
 
 
 def test_flops_count_them() -> None:
