@@ -66,9 +66,9 @@ class SisaConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         self.rope_parameters = kwargs.pop("rope_parameters", None)
         own = {name: kwargs.pop(name, getattr(SisaConfig, name)) for name in SisaConfig.__annotations__}
-        vars(self).update(own)  # of which its RoPE parameters take their defaults
+        self.__dict__.update(own)  # of which its RoPE parameters take their defaults
         super().__init__(**kwargs)
-        vars(self).update(own, rope_theta=self.rope_parameters["rope_theta"])
+        self.__dict__.update(own, rope_theta=self.rope_parameters["rope_theta"])
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.layer_d_s = list(self.layer_d_s) or [32] * self.num_hidden_layers
