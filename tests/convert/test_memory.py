@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 WIDE: dict[str, Any] = {"mixer": "sisa", "d_s": 8, "d_model": 256, "d_ff": 1024, "n_layers": 8}
 
 
-@pytest.mark.parametrize("route", [("safetensors", "native"), ("hf", "native"), ("native",)])
+@pytest.mark.parametrize(
+    "route",
+    [("safetensors", "native"), *(pytest.param(r, marks=pytest.mark.slow) for r in (("hf", "native"), ("native",)))],
+)
 def test_live_tensors_are_about_one(
     make_checkpoint: Callable[..., Any], tmp_path: Path, toy: ModuleType, real_memory: Any, route: tuple[str, ...]
 ) -> None:

@@ -142,7 +142,12 @@ PEAKS |= {
 }
 
 
-@pytest.mark.parametrize("name", PEAKS)
+FAST = ("sisa", "attention_tp2", "sisa_dp2", "moe_ep2", "zero2_sisa_bf16", "zero3_sisa_tp2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PEAKS]
+)
 def test_the_peak_is_within_a_tenth(name: str) -> None:
     """Of all that is live, and of what rises above the states too, which is the harder part."""
     world_size, overrides = PEAKS[name]
