@@ -219,14 +219,14 @@ _bisected.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.sisa_dist.bisected)
-def _flops(q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *_: Any, **__: Any) -> int:
+def flops(q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *_: Any, **__: Any) -> int:
     """Two products over the T(T+1)/2 visible pairs. Multiply and add count as two, as in torch's formulas."""
     batch, heads, T, d_h = q_shape
     return batch * heads * T * (T + 1) * (d_h + C_shape[-1] + v_shape[-1])
 
 
 @register_flop_formula(torch.ops.sisa_dist.bisected_backward)
-def _flops_backward(_: Any, q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *__: Any, **___: Any) -> int:
+def flops_backward(_: Any, q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *__: Any, **___: Any) -> int:
     """Five products: the scores again, dV and dP over d_v, dQ̂ and dK̂ over d_h + d_s."""
     batch, heads, T, d_h = q_shape
     return batch * heads * T * (T + 1) * (3 * (d_h + C_shape[-1]) + 2 * v_shape[-1])

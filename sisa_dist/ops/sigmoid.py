@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sisa_dist.ops.bisect import LEAF, through_rotation
+from sisa_dist.ops.bisect import LEAF, flops, flops_backward, through_rotation
 from sisa_dist.ops.documents import Segments, tokens_seen
 from sisa_dist.ops.leaf import LeafGradients, Leaves, blocks_of, part, scores, scores_backward_
 from sisa_dist.ops.operands import Operands, Rectangle, Shape
@@ -231,15 +231,6 @@ def _autograd(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _sigmoid.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.sisa_dist.sigmoid_sisa)
-def _flops(q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *_: Any, **__: Any) -> int:
-    """Two products over the T(T+1)/2 visible pairs. Multiply and add count as two, as in torch's formulas."""
-    batch, heads, T, d_h = q_shape
-    return batch * heads * T * (T + 1) * (d_h + C_shape[-1] + v_shape[-1])
-
-
-@register_flop_formula(torch.ops.sisa_dist.sigmoid_sisa_backward)
-def _flops_backward(_: Any, q_shape: Any, k_shape: Any, v_shape: Any, C_shape: Any, *__: Any, **___: Any) -> int:
-    """Five products: the scores again, dV and dP over d_v, dQ̂ and dK̂ over d_h + d_s."""
-    batch, heads, T, d_h = q_shape
-    return batch * heads * T * (T + 1) * (3 * (d_h + C_shape[-1]) + 2 * v_shape[-1])
+# The same products as under the softmax; its formulas take tensors for shapes already, hence get_raw.
+register_flop_formula(torch.ops.sisa_dist.sigmoid_sisa, get_raw=True)(flops)
+register_flop_formula(torch.ops.sisa_dist.sigmoid_sisa_backward, get_raw=True)(flops_backward)

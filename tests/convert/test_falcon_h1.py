@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import Held
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sisa_dist.config import ModelConfig, UserError
 from sisa_dist.convert import falcon_h1, llama
-from sisa_dist.convert.formats import architecture_for
-from sisa_dist.convert.recipe import Converted, check_specs
-from sisa_dist.model import LM, build_model
 
 transformers = pytest.importorskip("transformers")
+from their_models import check_logits_and_gradients, check_there_and_back, drawn  # noqa: E402
 
 BASE: dict[str, Any] = dict(vocab_size=59, hidden_size=32, intermediate_size=40, num_attention_heads=4)
 BASE |= dict(num_hidden_layers=2, num_key_value_heads=2, mamba_d_ssm=48, mamba_n_heads=4, mamba_d_state=12)
@@ -37,54 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def theirs(options: dict[str, Any]) -> Any:
-    """A model of transformers with every parameter drawn: gains, D and biases are constants in its own."""
-    torch.manual_seed(0)
-    model = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**(BASE | options))).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter) * 0.2
-            if name.endswith(("A_log", "dt_bias")):
-                parameter += noise
-            else:
-                parameter.copy_(1 + noise if "norm" in name or name.endswith("D") else noise)
-    return model
-
-
-def saved(model: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    model.save_pretrained(folder)
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-
-
-def ours(model: ModelConfig, tensors: dict[str, Tensor]) -> LM:
-    built = build_model(model)
-    converted = Converted(Held(tensors), falcon_h1.imports(model), dropped=falcon_h1.dropped(model))
-    check_specs(converted.specs, {n: p.shape for n, p in built.named_parameters()}, what="imported")
-    built.load_state_dict({name: converted.read(name) for name in converted.recipes}, strict=True)
-    return built
+    config = transformers.FalconH1Config(**(BASE | options))
+    return drawn(transformers.FalconH1ForCausalLM, config, moved=("A_log", "dt_bias"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_gradients_are_theirs(name: str, tmp_path: Path) -> None:
-    hf = theirs(CASES[name])
-    config, tensors = saved(hf, tmp_path)
-    model = falcon_h1.read_config(config)
-    lm = ours(model, tensors)
-    tokens = torch.randint(1, 59, (2, 37))  # 0 is their padding, whose embedding has no gradient
-    want, got = hf(tokens).logits, lm(tokens)
-    assert want.std() > 0.3
-    assert (got - want).abs().max() < 1e-4
-    direction = torch.randn_like(want)
-    (want * direction).mean().backward()
-    (got * direction).mean().backward()
-    gradients = {name: parameter.grad for name, parameter in hf.named_parameters()}
-    assert gradients.keys() == tensors.keys()
-    converted = Converted(Held(gradients), falcon_h1.imports(model))
-    for parameter_name, parameter in lm.named_parameters():
-        wanted = converted.read(parameter_name)
-        if parameter_name.endswith("wk.bias"):
-            continue  # in channels that turn slowly it adds one number to all scores of a query: rounding
-        assert wanted.abs().max() > 0, parameter_name
-        assert (parameter.grad - wanted).abs().max() < 1e-4 * wanted.abs().max(), parameter_name
+    # In channels that turn slowly a key's bias adds one number to all scores of a query.
+    check_logits_and_gradients(falcon_h1, theirs(CASES[name]), tmp_path, tokens=37, rounding=("wk.bias",))
 
 
 @pytest.mark.parametrize("key", SCALED)
@@ -97,25 +51,8 @@ def test_each_multiplier_matters(key: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_there_and_back_gives_the_same_bits(name: str, tmp_path: Path) -> None:
-    hf = theirs(CASES[name])
-    config, tensors = saved(hf, tmp_path / "theirs")
-    model = falcon_h1.read_config(config)
-    lm = ours(model, tensors)
-    module, config = architecture_for(model, model_type=None)
-    assert module is falcon_h1 and falcon_h1.read_config(config) == model
-    exported = Converted(Held(dict(lm.named_parameters())), falcon_h1.exports(model))
-    written = {name: exported.read(name).detach() for name in exported.recipes}
-    assert written.keys() == tensors.keys()
-    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
-    folder = tmp_path / "ours"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
-    again, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokens = torch.randint(0, 59, (2, 33))
     # Chunks of another length are summed in another order.
-    torch.testing.assert_close(again.eval()(tokens).logits, hf(tokens).logits, rtol=0, atol=1e-4)
+    check_there_and_back(falcon_h1, theirs(CASES[name]), tmp_path, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,29 @@ def test_megablocks_gives_what_the_loop_gives_forward_and_backward(monkeypatch: 
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["torch", "megablocks"])
+def test_a_kernel_of_the_gpu_is_the_loop_with_every_gradient(name: str) -> None:
+    if name == "megablocks" and (reason := backends_module.megablocks_missing()) is not None:
+        pytest.skip(reason)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert unfit(name, device, torch.bfloat16) is None
+    torch.manual_seed(0)
+    rows = arrange(choices(200, 8, 2, never=3).to(device), first=0, count=8, total=8)
+    x = torch.randn(len(rows.token_M), 64, device=device)
+    weight, dy = torch.randn(8, 64, 96, device=device), torch.randn(len(rows.token_M), 96, device=device)
+    used, found = int(rows.ends_E[-1]), []
+    for backend, dtype in ((name, torch.bfloat16), ("loop", torch.float64)):
+        x_leaf, weight_leaf = (z.to(torch.bfloat16).to(dtype).requires_grad_() for z in (x, weight))
+        assert choose(device, dtype, "auto" if backend == "loop" else backend) == backend
+        y = grouped_matmul(x_leaf, weight_leaf, rows.ends_E, backend="auto" if backend == "loop" else backend)[:used]
+        dx, dweight = torch.autograd.grad(y, (x_leaf, weight_leaf), dy[:used].to(torch.bfloat16).to(dtype))
+        found.append((y, dx[:used], dweight))  # rows behind the last group are undefined
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).abs().max() < 2**-6 * want.abs().max()
+
+
 def test_megablocks_that_is_wrong_or_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_megablocks(monkeypatch, wrong=True)
     assert "differ" in str(unfit("megablocks", CPU, torch.bfloat16))
