@@ -88,13 +88,17 @@ class Extension:
         """Of the base run, or of the run that stretches it."""
         first, *later = self.tree["stages"]
         if method is None:
-            return self.tree | {"output_dir": str(self.base), "stages": [first]}
+            return self._run([first]) | {"output_dir": str(self.base)}
         stages = [
             merge(stage, {"model": keys}) if (keys := self.keys(method, stage["training"]["seq_len"])) else stage
             for stage in later
         ]
         start = {"start": {"weights": str(self.base)}}
-        return self.tree | start | {"output_dir": str(self.folder / method), "stages": stages}
+        return self._run(stages) | start | {"output_dir": str(self.folder / method)}
+
+    def _run(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
+        """These stages alone, without what each of them says for itself: it would be refused as idle."""
+        return _said_once(self.tree, stages) | {"stages": stages}
 
     def keys(self, method: str, seq_len: int) -> dict[str, Any]:
         trained, model = self.tree["stages"][0]["training"]["seq_len"], self.tree["model"]
@@ -116,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--systems", type=_words, default=["sisa", "attention"], metavar="A,B,…")
     parser.add_argument("--methods", type=_words, default=list(METHODS), metavar="A,B,…", help=", ".join(METHODS))
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=_SET)
+    parser.add_argument("--text", nargs="+", default=["python-stdlib"], metavar="FILE", help="(python-stdlib)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="side by side (a core each)")
     parser.add_argument("--out", type=Path, default=Path("runs/extend"), metavar="FOLDER", help="(runs/extend)")
     arguments = parser.parse_args(argv)
@@ -137,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> None:
     extensions = [
         _extension(system, arguments.overrides, arguments.out) for system in choose(arguments.systems, everything=False)
     ]
-    write_text(load_run(CONFIG, arguments.overrides), arguments.out / "data")
+    write_text(load_run(CONFIG, arguments.overrides), arguments.out / "data", arguments.text)
     with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
         _all(pool.map(_train, [(one, None) for one in extensions]))
         todo = [(one, method) for method in arguments.methods for one in extensions]
@@ -146,6 +151,17 @@ def _run(arguments: argparse.Namespace) -> None:
     trained = extensions[0].tree["stages"][0]["training"]["seq_len"]
     found = {one.system: {method: one.results(method) for method in arguments.methods} for one in extensions}
     print(write_page(found, arguments.out, trained=trained))
+
+
+def _said_once(run: dict[str, Any], stages: Sequence[Any]) -> dict[str, Any]:
+    kept = {}
+    for key, value in run.items():
+        said = [stage.get(key) if isinstance(stage, dict) else None for stage in stages]
+        if isinstance(value, dict):
+            kept[key] = _said_once(value, said)
+        elif any(other is None for other in said):
+            kept[key] = value
+    return kept
 
 
 def _extension(system: str, overrides: Sequence[str], out: Path) -> Extension:

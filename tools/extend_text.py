@@ -1,4 +1,4 @@
-"""What tools/extend_context.py trains on: Python's library, and prompts of evaluation.retrieval with their answers."""
+"""What tools/extend_context.py trains on: ordinary text, and prompts of evaluation.retrieval with their answers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DRAWN = 1  # the seed of what is trained on; evaluation has the run's
 DOCUMENTS = {"short": 6000, "long": 600}
 
 
-def write_text(run: Run, folder: Path) -> None:
-    """FOLDER/{text,short,long}, prepared with the tokenizer of the first; what is there already stays.
+def write_text(run: Run, folder: Path, text: list[str]) -> None:
+    """FOLDER/{text,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there stays.
 
     Short prompts fit into a window of the first stage, long ones are from there to the last stage's.
     """
     first, last = run.stages[0].config, run.stages[-1].config
     trained, longest = first.training.seq_len, last.training.seq_len
-    _prepare(run, folder / "text", input="python-stdlib")
+    _prepare(run, folder / "text", input=text)
     model = find_tokenizer(folder / "text")
     assert model is not None
     tokenizer = Tokenizer.load(model)
