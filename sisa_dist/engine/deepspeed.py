@@ -129,7 +129,7 @@ class DeepSpeedEngine:
             judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
         assert judged.norm is not None
         self.experts.after_step(judged.verdict.skip)
-        self.gates.after_step(judged.verdict.skip)
+        self.gates.after_step()
         enter("results")
         return read_result(loss_mean, judged.norm, count, judged.verdict)
 

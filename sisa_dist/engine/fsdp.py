@@ -97,7 +97,7 @@ class FSDP2Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.experts.after_step(verdict.skip)
-        self.gates.after_step(verdict.skip)
+        self.gates.after_step()
         enter("results")
         return read_result(loss_mean, grad_norm, count, verdict)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sisa_dist.model import LM
-from sisa_dist.model.gates import RATE
 from sisa_dist.model.init import Uniform, initial_value
 from sisa_dist.parallel.mesh import Mesh
 
@@ -26,7 +25,6 @@ class LearnedDs:
     d_s: list[float]  # channels per head with a gate that evaluation leaves open
     expected: list[float]  # mean number that the step's noise left open
     share: float  # of training.steps done
-    multiplier: float  # of the budget, nats
 
 
 class GateWatch:
@@ -49,16 +47,14 @@ class GateWatch:
         shape = torch.Size((len(self._gates.layers), self._gates.settings.max // 2))
         self._gates.noise_LP = noise(self._seed, self._step, shape).to(self._mesh.device, non_blocking=True)
 
-    def after_step(self, skip: Tensor) -> None:
-        """Behind the optimizer, which has waited for a save under way. `skip` (0 or 1): the step changes no weight."""
+    def after_step(self) -> None:
+        """Behind the optimizer, which has waited for a save under way. A step that is skipped counts."""
         if self._gates is None:
             return
-        gates, seen = self._gates, self._gates.seen
-        assert self._step is not None and seen is not None
+        gates = self._gates
+        assert self._step is not None
         self._step += 1
         gates.noise_LP = None
-        move_by = RATE * seen.excess.float() * (1 - skip)
-        gates.multiplier.add_(move_by.to(gates.multiplier.device))
         gates.step.fill_(self._step)
         # Never back: where a run goes on longer than was meant, what has hardened stays so.
         gates.share.clamp_(min=self._step / self._steps)
@@ -68,10 +64,8 @@ class GateWatch:
         gates = self._gates
         if gates is None or gates.seen is None:
             return None
-        open_L, expected_L, _ = gates.seen
-        return LearnedDs(
-            gates.layers, open_L.tolist(), expected_L.tolist(), gates.share.item(), gates.multiplier.item()
-        )
+        open_L, expected_L = gates.seen
+        return LearnedDs(gates.layers, open_L.tolist(), expected_L.tolist(), gates.share.item())
 
 
 def noise(seed: int, step: int, shape: torch.Size) -> Tensor:

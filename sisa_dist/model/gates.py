@@ -1,19 +1,21 @@
 """Learned d_s: a hard-concrete gate on every pair of channels (2m, 2m+1) of every layer (Louizos et al. 2018,
-arXiv 1712.01312), with an augmented Lagrangian for the budget (Wang et al. 2020, arXiv 1910.04732).
+arXiv 1712.01312), under a budget that is met in every step (ours).
 
-    s        = σ((log u − log(1 − u) + k log α) / β)       u uniform, k = 1 / (1 − hardness)
-    z        = clip(s · (ζ − γ) + γ, 0, 1)                 B ← z B
-    P(z ≠ 0) = σ(k log α − β log(−γ / ζ))                  m = mean over layers of 2 Σ P(z ≠ 0)
-    x        = (m − target) / max                          cost = μ x + ½ ρ x², μ ← μ + rate · x after each step
+    s        = σ((log u − log(1 − u) + k (log α − τ)) / β)   u uniform, k = 1 / (1 − hardness)
+    z        = clip(s · (ζ − γ) + γ, 0, 1)                   B ← z B
+    P(z ≠ 0) = σ(k (log α − τ) − β log(−γ / ζ))              m = mean over layers of 2 Σ P(z ≠ 0)
 
-A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. The budget is
-met from both sides, so that models of one budget can be compared; with `penalty` the cost is penalty · m / max. The
-target falls from max to the budget until `anneal_from`; hardness rises from 0 to 1 between there and `anneal_until`.
-It stands for the temperature: it sharpens the gate itself, so that the one that evaluation uses hardens too.
-At 1 the gates are those of the largest log α, as many as the budget has, or with a penalty those of log α > 0.
+A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. With a budget
+τ is such that m is the target, which falls from max to the budget until `anneal_from`. So gates compete: τ depends on
+every log α, and a gate's gradient is what it is worth less the mean worth of those it would displace. Of a Lagrange
+multiplier instead (Wang et al. 2020, arXiv 1910.04732) it was seen that m stood at 30 of 24 when gates hardened, and
+the rest was cut at once. With `penalty` τ is 0 and penalty · m / max nats are added to the loss.
+Hardness rises from 0 to 1 between `anneal_from` and `anneal_until`. It stands for the temperature: it sharpens the gate
+itself, so that the one that evaluation uses hardens too. At 1 the gates are those of the largest log α, as many as the
+budget has, or with a penalty those of log α > 0.
 
-Without noise (evaluation, decoding) z = clip(σ(k log α) · (ζ − γ) + γ, 0, 1). Noise, share and μ are set from outside,
-step by step (engine/gates.py); the last two are buffers, so that a checkpoint knows how hard its gates are.
+Without noise (evaluation, decoding) z = clip(σ(k (log α − τ)) · (ζ − γ) + γ, 0, 1). Noise and share are set from
+outside, step by step (engine/gates.py); the share is a buffer, so that a checkpoint knows how hard its gates are.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from sisa_dist.model.precision import at_least_fp32
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al.
 START = 2.5  # log α of a new model: open, and 2 % of the draws are not
 SHARPEST = 20.0  # most that k is: the gradient of an open gate grows as it does
-RHO = 10.0  # nats
-RATE = 0.05  # by which μ follows x, a step
+_REACH = 10.0  # τ lies at most so far below the least log α, or above the largest
+_ROUNDS, _CANDIDATES = 7, 33  # of τ: its interval is 32 times smaller after each round
 
 
 class GateState(NamedTuple):
@@ -40,7 +42,6 @@ class GateState(NamedTuple):
 
     open_L: Tensor  # channels per head that evaluation has, in each layer of the gates
     expected_L: Tensor  # 2 Σ P(z ≠ 0)
-    excess: Tensor  # x
 
 
 class Gates(nn.Module):
@@ -50,7 +51,6 @@ class Gates(nn.Module):
         "log_alpha": Constant(START),
         "step": Constant(0.0),
         "share": Constant(0.0),
-        "multiplier": Constant(0.0),
     }
     fp32_in_forward = True
 
@@ -62,10 +62,8 @@ class Gates(nn.Module):
         self.log_alpha = nn.Parameter(torch.empty(len(self.layers), self.settings.max // 2))
         self.step: Tensor
         self.share: Tensor
-        self.multiplier: Tensor
         self.register_buffer("step", torch.empty(1))  # of training, done: names the next one's noise
         self.register_buffer("share", torch.empty(1))  # of training.steps
-        self.register_buffer("multiplier", torch.empty(1))  # μ
         self.noise_LP: Tensor | None = None  # u of the step that runs
         self.part = 1.0  # of the cost that is counted here: tensor-parallel ranks each count theirs
         self.seen: GateState | None = None
@@ -75,7 +73,13 @@ class Gates(nn.Module):
         share = self.share[0].to(log_alpha_LP)  # offloaded buffers stay on the host
         settings = self.settings
         hardness = ((share - settings.anneal_from) / (settings.anneal_until - settings.anneal_from)).clamp(0, 1)
-        sharp_LP = log_alpha_LP * (1 / (1 - hardness)).clamp(max=SHARPEST)
+        k = (1 / (1 - hardness)).clamp(max=SHARPEST)
+        if settings.budget is not None:
+            fallen = (share / max(settings.anneal_from, 1e-9)).clamp(max=1)
+            target = settings.max + (settings.budget - settings.max) * fallen
+            sharp_LP = k * (log_alpha_LP - _threshold(log_alpha_LP, k, target * (len(self.layers) / 2)))
+        else:
+            sharp_LP = k * log_alpha_LP
         hard_LP = self._hard(log_alpha_LP)
         logit_LP = sharp_LP
         if self.noise_LP is not None and torch.is_grad_enabled():
@@ -84,23 +88,11 @@ class Gates(nn.Module):
         z_LP = torch.where(hardness < 1, _stretched(logit_LP), hard_LP)
         with torch.no_grad():
             evaluated_LP = torch.where(hardness < 1, _stretched(sharp_LP), hard_LP)
-        expected_L = 2 * torch.where(hardness < 1, (sharp_LP - BETA * math.log(-GAMMA / ZETA)).sigmoid(), hard_LP).sum(
-            1
-        )
-        cost, excess = self._cost(expected_L.mean(), share)
+        expected_L = 2 * torch.where(hardness < 1, _is_open(sharp_LP), hard_LP).sum(1)
         if torch.is_grad_enabled():
-            self.seen = GateState(2.0 * (evaluated_LP > 0).sum(1), expected_L.detach(), excess.detach())
+            self.seen = GateState(2.0 * (evaluated_LP > 0).sum(1), expected_L.detach())
+        cost = (settings.penalty or 0.0) / settings.max * expected_L.mean()
         return z_LP, cost * self.part
-
-    def _cost(self, mean: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """(nats, x) of a mean d_s; where it is a penalty that presses, x is 0."""
-        settings, most = self.settings, self.settings.max
-        if settings.budget is None:
-            assert settings.penalty is not None
-            return settings.penalty * mean / most, torch.zeros_like(mean)
-        fallen = (share / max(settings.anneal_from, 1e-9)).clamp(max=1)
-        excess = (mean - (most + (settings.budget - most) * fallen)) / most
-        return self.multiplier[0].to(mean) * excess + RHO / 2 * excess.square(), excess
 
     def _hard(self, log_alpha_LP: Tensor) -> Tensor:
         """0 or 1. Among equals the first are open: ranks must agree, and a stable sort promises it."""
@@ -119,6 +111,34 @@ class Gates(nn.Module):
 def gated(B_BHTS: Tensor, z_P: Tensor) -> Tensor:
     """B with the channels 2m and 2m+1 times z[m], in B's dtype."""
     return B_BHTS * z_P.repeat_interleave(2).to(B_BHTS.dtype)
+
+
+def _is_open(logit: Tensor) -> Tensor:
+    """P(z ≠ 0)."""
+    return (logit - BETA * math.log(-GAMMA / ZETA)).sigmoid()
+
+
+def _threshold(log_alpha: Tensor, k: Tensor, count: Tensor) -> Tensor:
+    """τ, a scalar, of which Σ P(z ≠ 0) is `count`; the nearest where none is. Its gradient is that of the implicit
+    function. Nothing waits for the device.
+    """
+    wide = log_alpha.double()
+
+    def total(tau: Tensor) -> Tensor:
+        return _is_open(k * (wide - tau[..., None, None])).sum((-2, -1))
+
+    with torch.no_grad():
+        low, high = wide.min() - _REACH, wide.max() + _REACH
+        for _ in range(_ROUNDS):
+            tried = low + (high - low) * torch.linspace(0, 1, _CANDIDATES, dtype=wide.dtype, device=wide.device)
+            at = (total(tried) > count).sum().clamp(1, _CANDIDATES - 1)  # the first that leaves no more than count open
+            low, high = tried[at - 1], tried[at]
+        tau = (low + high) / 2
+        p = _is_open(k * (wide - tau))
+        slope = (k * p * (1 - p)).sum().clamp(min=1e-30)  # −d total / dτ
+    found = total(tau)
+    # One step of Newton's, of which only the gradient matters.
+    return (tau + (found - found.detach()) / slope).to(log_alpha.dtype)
 
 
 def _stretched(logit: Tensor) -> Tensor:

@@ -271,10 +271,8 @@ def _move_biases(model: LM) -> None:
 
 
 def _move_gates(model: LM) -> None:
-    """On by a step of STEPS, the multiplier by its rule."""
+    """On by a step of STEPS."""
     if model.gates is not None:
-        assert model.gates.seen is not None
-        model.gates.multiplier += 0.05 * model.gates.seen.excess
         model.gates.step.copy_(round(model.gates.step.item()) + 1)
         model.gates.share.copy_(max(model.gates.share.item(), model.gates.step.item() / STEPS))
 
