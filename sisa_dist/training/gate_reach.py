@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sisa_dist.config import RunConfig
 from sisa_dist.model.gates import START
 from sisa_dist.training.schedule import learning_rate
@@ -22,7 +24,7 @@ def too_slow_gates(config: RunConfig) -> str | None:
     reach = sum(rates)
     if reach * ratio >= START:
         return None
-    remedy = f"raise it to {2 * START / reach:.2g} or more" if reach else "raise training.steps"
+    remedy = f"raise it to {math.ceil(2 * START / reach)} or more" if reach else "raise training.steps"
     return (
         f"warning: with optimizer.gate_lr_ratio {ratio:g} no gate of d_s can close before all harden (log α moves by "
         f"at most {reach * ratio:.2g} of {START:g}), so d_s stays {learned.max} until then: {remedy}"

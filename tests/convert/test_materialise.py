@@ -122,7 +122,7 @@ def test_other_models_keep_their_form(make: Make, tmp_path: Path) -> None:
 
 def test_what_is_saved_widens_dense_mlps_and_no_expert(make: Make, tmp_path: Path) -> None:
     """Whether the experts' width is d_ff or their own."""
-    settings: dict[str, Any] = {"mlp": ["moe", "swiglu", "moe", "gelu"], "mlp_bias": True, "ffn": "parallel"}
+    settings: dict[str, Any] = {"mlp": ["moe", "swiglu", "moe", "gelu"], "ffn": "parallel"}
     for number, own in enumerate(({}, {"d_ff": 16})):
         source, gated = make(0.0, **settings, moe={"experts": 4, "shared": 1, **own})
         assert tool.main([str(source), str(tmp_path / f"fixed{number}"), "--to-mlp"]) == 0
