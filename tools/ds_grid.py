@@ -24,7 +24,7 @@ from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config, load_config, parse_config, replace_file
 from sisa_dist.model import build_model, num_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 POINTS = {  # channels per head; beyond 192 nothing is left of the MLP at 369M
     "50m": [16, 32, 64, 128],
     "152m": [8, 16, 24, 32, 40, 48, 64, 96, 128],
@@ -52,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/ds_grid"), metavar="FOLDER", help="(runs/ds_grid)")
     parser.add_argument("--run", action="store_true", help="train what is not finished, in order")
     arguments = parser.parse_args(argv)
+    # launch.sh goes to its own folder, and so do the paths that it is given.
+    out = arguments.out if Path.cwd() == ROOT else arguments.out.absolute()
     try:
         scales = list(dict.fromkeys(arguments.scale or POINTS))
         points = [
-            point(scale, d_s, arguments.overrides, arguments.out)
+            point(scale, d_s, arguments.overrides, out)
             for scale in scales
             for d_s in _channels(arguments.d_s, POINTS[scale])
         ]

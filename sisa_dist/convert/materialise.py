@@ -78,10 +78,10 @@ def materialised(model: ModelConfig, kept: dict[int, Kept], *, to_mlp: bool) -> 
         return smaller
     if not smaller.dense_d_ff:
         raise UserError("--to-mlp: no layer of the model has an MLP of its own to widen: leave it out")
-    now, wider = (_parameters(_with(smaller, {"d_ff": model.d_ff + more})) for more in (0, _UNIT))
+    now, wider = (_parameters(_widened_by(smaller, more)) for more in (0, _UNIT))
     gates = len(kept) * model.learned_d_s.max // 2 if model.learned_d_s else 0
     saved = _parameters(model) - gates - now
-    return _with(smaller, {"d_ff": model.d_ff + max(0, saved // (wider - now)) * _UNIT})
+    return _widened_by(smaller, max(0, saved // (wider - now)) * _UNIT)
 
 
 def recipes(model: ModelConfig, kept: dict[int, Kept], *, to_mlp: bool, seed: int = 0) -> Recipes:
@@ -139,6 +139,12 @@ def _widened(weight: Tensor, *, name: str, shape: torch.Size, std: float, seed: 
     else:
         new = initial_value(Normal(std), f"{name}, widened", torch.Size(more), seed=seed)
     return torch.cat((weight, new.to(weight)), dim)
+
+
+def _widened_by(model: ModelConfig, more: int) -> ModelConfig:
+    """Dense MLPs alone: experts, whose width may be d_ff too, keep theirs."""
+    experts = {"moe": model.moe.model_dump() | {"d_ff": model.expert_d_ff}} if model.moe else {}
+    return _with(model, {"d_ff": model.d_ff + more, **experts})
 
 
 def _with(model: ModelConfig, changes: dict[str, Any]) -> ModelConfig:

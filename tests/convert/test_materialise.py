@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,18 @@ def test_other_models_keep_their_form(make: Make, tmp_path: Path) -> None:
     fixed, _ = load_model(tmp_path / "fixed")
     assert fixed.config.layer_d_s == [8, 8, 16] and set(fixed.config.layer_mixers) == {"sigmoid_sisa"}
     assert (logits(fixed) - logits(gated)).abs().max() < 1e-5
+
+
+def test_what_is_saved_widens_dense_mlps_and_no_expert(make: Make, tmp_path: Path) -> None:
+    """Whether the experts' width is d_ff or their own."""
+    settings: dict[str, Any] = {"mlp": ["moe", "swiglu", "moe", "gelu"], "ffn": "parallel"}
+    for number, own in enumerate(({}, {"d_ff": 16})):
+        source, gated = make(0.0, **settings, moe={"experts": 4, "shared": 1, **own})
+        assert tool.main([str(source), str(tmp_path / f"fixed{number}"), "--to-mlp"]) == 0
+        fixed, _ = load_model(tmp_path / f"fixed{number}")
+        assert fixed.config.d_ff > 48 and fixed.config.expert_d_ff == gated.config.expert_d_ff
+        assert (logits(fixed) - logits(gated)).abs().max() < 1e-5
+        shutil.rmtree(source)
 
 
 def test_nothing_open_at_all_is_a_transformer(make: Make, tmp_path: Path) -> None:

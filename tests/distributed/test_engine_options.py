@@ -51,6 +51,30 @@ def test_an_option_changes_no_number(layout: str, options: dict[str, Any]) -> No
         assert all(graphs > 0 for graphs in run_job(case.world_size, _compiled_graphs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
+def test_gates_of_a_learned_d_s_break_no_graph(layout: str) -> None:
+    """Five steps, in which they are random, harden and stand: the numbers of eager, by as many graphs as without."""
+    case = Case(layout, "learned_d_s", 4, "uniform", "fp32", engine=(("compile", True),))
+    got = run_job(case.world_size, run_case, case)[0]
+    assert not red(errors(case, got, run_plain(case.reference())))
+    fixed = dataclasses.replace(case, mixer="sisa", n_kv_heads=2)
+    found, want = (run_job(case.world_size, _graphs_of_five_steps, each) for each in (case, fixed))
+    assert found == want and all(graphs for graphs, _ in found)
+
+
+def _graphs_of_five_steps(case: Case) -> tuple[int, Counter[str]]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = case.config()
+    mesh = init_mesh(config.parallel, device="cpu")
+    engine = build_engine(config, mesh)
+    for step in range(5):
+        engine.train_step(micro_batches(case, step, mesh.dp_rank, mesh.dp_size), 1e-3)
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], Counter(counters["graph_break"])
+
+
 def _compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

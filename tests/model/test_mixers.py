@@ -200,6 +200,7 @@ PARAMETERS = {
     "bilinear": 4 * 32 * 32 + 2 * 32 * 4 * 8 + 4,
     "sigmoid_sisa": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4,
     "ssm_gated": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4,
+    "learned_d_s": 2 * 32 * 32 + 2 * 32 * 16 + 32 * 32 + 32 * 16 + (32 * 2 + 2) + 32 * 2 * 4 + 4,
     "fox": 4 * 32 * 32 + (32 * 4 + 4),
     # q, output and gate; k and v of two kv heads; forget gate; shifts; norms of q and k; norm of the output
     "fox_pro": 3 * 32 * 32 + 2 * 32 * 16 + (32 * 4 + 4) + 2 * 32 * 2 + 2 * 8 + 32,

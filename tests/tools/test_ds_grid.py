@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sisa_dist.config import load_config
+from sisa_dist.training.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 _SPEC = importlib.util.spec_from_file_location("ds_grid", ROOT / "tools/ds_grid.py")
@@ -42,31 +43,67 @@ def test_every_point_that_was_asked_for_is_there() -> None:
 def small(tiny_overrides: list[str], tmp_path: Path) -> list[str]:
     """A command that takes seconds."""
     own = [f"--set={key}" for key in tiny_overrides if not key.startswith(("model.d_s", "output_dir"))]
-    own += ["--set=training.steps=4", "--set=engine.precision=fp32", "--set=model.d_ff=200", "--set=data.lanes=3"]
+    own += [
+        "--set=training.steps=4",
+        "--set=engine.precision=fp32",
+        "--set=model.d_ff=200",
+        "--set=data.lanes=3",
+        "--set=training.checkpoint_every=2",
+    ]
     return ["--scale", "50m", "--d-s", "8,16", "--out", str(tmp_path / "grid"), *own]
 
 
-def test_runs_in_order_and_goes_on_where_it_was_ended(
+TRAIN = """
+import os, signal, sys
+from sisa_dist.cli import main
+from sisa_dist.engine.fsdp import FSDP2Engine
+
+real, left = FSDP2Engine.train_step, [int(sys.argv.pop())]
+
+def train_step(self, *arguments, **named):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return real(self, *arguments, **named)
+
+FSDP2Engine.train_step = train_step
+main()
+"""
+
+
+def test_runs_in_order_and_goes_on_where_it_was_killed(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The second run in its fourth step, after a checkpoint behind the second."""
     started: list[str] = []
-    ends = [0, -15]
+    steps = [99, 3, 99]
 
     def command(path: Path) -> list[str]:
         started.append(path.stem)
-        if ends and ends.pop(0):
-            return ["bash", "-c", "kill -TERM $$"]
-        return [sys.executable, "-m", "sisa_dist.cli", "train", str(path)]
+        return [sys.executable, "-c", TRAIN, "train", str(path), str(steps.pop(0))]
 
     monkeypatch.setattr(ds_grid, "command", command)
-    assert ds_grid.main([*small, "--run"]) == 128 + 15
-    assert "50m_ds16.yaml ended with exit code -15; the same command goes on" in capfd.readouterr().err
+    assert ds_grid.main([*small, "--run"]) == 128 + 9
+    assert "50m_ds16.yaml ended with exit code -9; the same command goes on" in capfd.readouterr().err
     assert ds_grid.main([*small, "--run"]) == 0
     assert started == ["50m_ds8", "50m_ds16", "50m_ds16"]
+    second = tmp_path / "grid" / "50m_ds16"
+    assert [record["step"] for record in read_metrics(second)["train"]] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_metrics(second)["checkpoint"]] == [2, 4]
     assert ds_grid.main([*small, "--run"]) == 0 and len(started) == 3
     assert capfd.readouterr().out.count("  done\n") == 3  # one line before the second run, two before the third
     assert ds_grid.main([*small, "--set=optimizer.lr=1e-3"]) == 2
     assert "its run was begun with other settings" in capfd.readouterr().err
+
+
+def test_elsewhere_paths_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """launch.sh goes to its own folder before it reads any."""
+    monkeypatch.chdir(tmp_path)
+    assert ds_grid.main(["--scale", "50m", "--d-s", "8", "--out", "grid"]) == 0
+    config = load_config(tmp_path / "grid" / "configs" / "50m_ds8.yaml")
+    assert capsys.readouterr().out.startswith(str(tmp_path)) and config.output_dir == str(tmp_path / "grid/50m_ds8")
 
 
 @pytest.mark.parametrize(

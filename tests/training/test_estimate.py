@@ -96,6 +96,7 @@ SMALL = [
 ]
 ATTENTION = ["model.mixer=attention", "model.d_s=null"]
 CHECKPOINTED = ["engine.activation_checkpointing=true"]
+OFFLOADED = [*CHECKPOINTED, "engine.activation_offload=true", "model.n_layers=8", "model.d_ff=256"]
 PEAKS: dict[str, tuple[int, list[str]]] = {
     "sisa": (1, []),
     "attention": (1, ATTENTION),
@@ -127,6 +128,14 @@ PEAKS: dict[str, tuple[int, list[str]]] = {
     "sisa_cp2_ring_bf16": (2, ["parallel.cp=2", "parallel.cp_kind=ring", "engine.precision=bf16"]),
     "attention_cp2_ulysses": (2, [*ATTENTION, "parallel.cp=2", "parallel.cp_kind=ulysses"]),
     "sisa_dp2_checkpointed_prefetch": (2, [*CHECKPOINTED, "engine.prefetch=1"]),
+    "sisa_mlp_chunk": (1, ["engine.mlp_chunk=96"]),  # a last chunk of 32
+    "attention_dp2_mlp_chunk_bf16": (2, [*ATTENTION, "engine.mlp_chunk=128", "engine.precision=bf16"]),
+    "sisa_offloaded": (1, OFFLOADED),
+    "attention_dp2_offloaded_mlp_chunk_bf16": (
+        2,
+        [*OFFLOADED, *ATTENTION, "engine.mlp_chunk=128", "engine.precision=bf16"],
+    ),
+    "learned_d_s": (1, ["model.d_s={learned: true, max: 32, budget: 12}"]),
 }
 
 
@@ -174,6 +183,11 @@ def test_what_each_choice_saves() -> None:
     assert recomputed.activations < 0.25 * plain.activations
     assert recomputed.activations >= 2 * 2 * 512 * 256 * 4
     assert plain.states == recomputed.states and plain.peak > recomputed.peak
+    waiting = of(2, *CHECKPOINTED, "engine.activation_offload=true")
+    assert waiting.host == recomputed.activations - waiting.activations == 2 * 2 * 512 * 256 * 4  # the blocks' inputs
+    chunked = of(2, "engine.mlp_chunk=64")
+    # Of a chunk's making nothing is kept but x: gone are 3 · d_ff channels a token and layer.
+    assert plain.activations - chunked.activations > 2 * 3 * 640 * 2 * 512 * 4
     kept = of(2, "engine.reshard_after_forward=false")
     assert kept.peak_at == plain.peak_at == "loss" and kept.activations == plain.activations
     assert kept.peak_holds["gathered"] > 4 * plain.peak_holds["gathered"] > 0  # all layers, or the embedding alone

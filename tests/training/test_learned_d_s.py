@@ -11,7 +11,9 @@ import torch
 from distributed.pool import run_job
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.checkpoint import list_checkpoints, load_model
-from sisa_dist.config import RunConfig, parse_config
+from sisa_dist.config import RunConfig, load_config, parse_config
+from sisa_dist.convert.conversion import convert, plan
+from sisa_dist.training.gate_reach import too_slow_gates
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.trainer import train
 
@@ -68,6 +70,33 @@ def test_a_longer_run_leaves_hard_gates_hard(tiny: RunConfig, tmp_path: Path, st
     assert read_metrics(tmp_path / "longer")["d_s"][0]["share"] == 1.0
 
 
+def test_a_run_made_fixed_goes_on_as_a_new_one(tiny: RunConfig, tmp_path: Path, straight: Path) -> None:
+    fixed = tmp_path / "fixed"
+    for _ in convert(plan(straight, to="native", materialise="to_mlp"), fixed):
+        pass
+    overrides = [f"start.weights={fixed}", f"output_dir={tmp_path / 'on'}"]
+    train(load_config(fixed / "config.yaml", overrides), quiet=True)
+    model, _ = load_model(tmp_path / "on")
+    assert model.gates is None and model.config.layer_d_s == [8, 0] and "d_s" not in read_metrics(tmp_path / "on")
+    (_, first, *_), *_, (_, last, *_) = losses(tmp_path / "on")
+    assert first < losses(straight)[0][1] and last < first
+
+
+def test_gates_that_cannot_close_in_time_are_told(
+    tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of warm-up and three of a cosine of four, at 2e-3, are 0.0077 before all harden."""
+    slow = learning(tiny, tmp_path / "slow")
+    said = too_slow_gates(slow)
+    assert said is not None and "log α moves by at most 0.77 of 2.5" in said and "raise it to 649 or more" in said
+    ratio = slow.optimizer.model_copy(update={"gate_lr_ratio": 640.0})
+    assert too_slow_gates(slow.model_copy(update={"optimizer": ratio})) is None and too_slow_gates(tiny) is None
+    train(slow)
+    assert capsys.readouterr().out.count("no gate of d_s can close before all harden") == 1
+    train(slow.model_copy(update={"training": slow.training.model_copy(update={"steps": 7})}), accept_changes=True)
+    assert "no gate" not in capsys.readouterr().out
+
+
 def _train_on(config: RunConfig) -> None:
     train(config, quiet=True)
 
@@ -79,6 +108,7 @@ def _train_on(config: RunConfig) -> None:
         pytest.param(2, {"parallel": {"dp": 2}, **ZERO3}, marks=pytest.mark.slow),
         pytest.param(4, {"parallel": {"tp": 2, "dp": 2}, **ZERO1}, marks=pytest.mark.slow),
         pytest.param(4, {"parallel": {"dp": 4, "dp_replicate": 2}}, marks=pytest.mark.slow),
+        pytest.param(4, {"parallel": {"cp": 2, "tp": 2}}, marks=pytest.mark.slow),
         pytest.param(
             2,
             {"parallel": {"dp": 2}, "engine": {"activation_checkpointing": True, "cpu_offload": True}},
