@@ -34,7 +34,7 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Louizos et al.
 START = 2.5  # log α of a new model: open, and 2 % of the draws are not
 SHARPEST = 20.0  # most that k is: the gradient of an open gate grows as it does
 _REACH = 10.0  # τ lies at most so far below the least log α, or above the largest
-_ROUNDS, _CANDIDATES = 7, 33  # of τ: its interval is 32 times smaller after each round
+_ROUNDS, _CANDIDATES = 10, 33  # of τ: its interval is 32 times smaller after each round
 
 
 class GateState(NamedTuple):

@@ -17,7 +17,6 @@ from sisa_dist.engine.gates import LearnedDs
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
-from sisa_dist.training.gate_reach import too_slow_gates
 from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
 
 COLLAPSED = 0.01  # of its fair share of tokens: an expert with less learns next to nothing
@@ -57,9 +56,6 @@ class Reporter:
         self._balance = config.model.moe.balance if config.model.moe is not None else "none"
         self._skips_missing = config.data.on_missing == "skip"
         self._console = Console(config.training.steps, every=config.logging.every, quiet=quiet)
-        slow = too_slow_gates(config) if state.step == 0 and config.start.weights is None else None
-        if slow is not None:
-            self._console.note(0, slow)
 
     def step(
         self,

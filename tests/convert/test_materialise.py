@@ -35,11 +35,13 @@ Make = Callable[..., tuple[Path, LM]]
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer: bytes) -> Make:
-    """make(share, **model): a checkpoint whose gates are OPEN, hard (share 1) or with values between (share 0)."""
+    """make(share, **model): a checkpoint whose gates are OPEN, hard (share 1), or with values between (share 0, and a
+    penalty: under a budget every gate would still be open)."""
 
     def checkpoint(share: float = 1.0, **settings: Any) -> tuple[Path, LM]:
         training = {"steps": 1000, "seq_len": 64, "global_batch_tokens": 64}
-        config = parse_config({"model": MODEL | settings, "training": training}, source="test")
+        soft = {} if share else {"d_s": {"learned": True, "max": 24, "penalty": 1.0}}
+        config = parse_config({"model": MODEL | soft | settings, "training": training}, source="test")
         model = build_model(config.model, seed=3)
         if model.gates is not None:
             with torch.no_grad():

@@ -143,7 +143,7 @@ def test_learned_d_s_has_a_line_a_layer(tmp_path: Path, figures: list) -> None:
     run = make_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as out:
         for step in (20, 40):
-            values = dict(layers=[0, 2], d_s=[16.0 - step / 10, 8.0], expected=[15.0, 9.0], share=0.5, multiplier=0.1)
+            values = dict(layers=[0, 2], d_s=[16.0 - step / 10, 8.0], expected=[15.0, 9.0], share=0.5)
             out.write(json.dumps(dict(kind="d_s", step=step, **values)) + "\n")
     assert plot_run.main([str(run), str(make_run(tmp_path / "other")), "--out", str(tmp_path / "p.png")]) == 0
     drawn = axes(figures[0])
