@@ -68,7 +68,8 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, l
     "sisa_dist::bisected",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor log_alpha, Tensor theta, Tensor lam, "
-    "Tensor? doc_ids, float scale, int leaf, str backend='auto', bool erase=False) -> (Tensor out, Tensor lse, Tensor g, Tensor turns)",
+    "Tensor? doc_ids, float scale, int leaf, str backend='auto', bool erase=False) -> "
+    "(Tensor out, Tensor lse, Tensor g, Tensor turns)",
 )
 def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto", erase=False):  # type: ignore[no-untyped-def]
     """out [B,H,T,d_v]; for the backward lse [B,H,T], g [B,H_kv,T] fp64 and the phase in turns [B,H_kv,T,d_s/2]."""

@@ -1,4 +1,4 @@
-"""A model of transformers goes on to a longer context: imported, trained in stages of other lengths and layouts, exported.
+"""A model of transformers goes on to longer contexts: imported, trained in stages of several layouts, exported.
 
 RoPE is stretched by YaRN from stage to stage, which the folder that comes out says to transformers.
 """
@@ -84,9 +84,10 @@ def convert(*arguments: object) -> None:
 
 def write_run(folder: Path, name: str, stages: Stages, *, model: str, theirs: Path) -> Path:
     """FOLDER/NAME.yaml, whose data are prepared and which begins with FOLDER/imported."""
-    (folder / "texts").mkdir(exist_ok=True)
-    for number in range(60):
-        (folder / "texts" / f"{number}.txt").write_text(make_text(number) * 3, encoding="utf-8")
+    if not (folder / "texts").exists():
+        (folder / "texts").mkdir()
+        for number in range(60):
+            (folder / "texts" / f"{number}.txt").write_text(make_text(number) * 3, encoding="utf-8")
     tree: dict[str, Any] = {
         "name": name,
         "output_dir": str(folder / name),
