@@ -37,9 +37,10 @@ def yarn(factor: float) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": TRAINED}}
 
 
-# As configs/long_context has them: a stage as long as before, and two of longer sequences in layouts of their own.
+# As configs/long_context has them: a stage as long as before, and two of longer sequences in layouts of their own. The
+# first takes another base than the folder's, which the run has a right to.
 LENGTHS: Stages = [
-    {"name": "as_trained", "steps": 2, "training": {"seq_len": TRAINED}},
+    {"name": "as_trained", "steps": 2, "model": {"rope_theta": 2e4}, "training": {"seq_len": TRAINED}},
     {"name": "longer", "steps": 2, "model": yarn(2.0), "training": {"seq_len": 2 * TRAINED}},
     {"name": "longest", "steps": 2, "model": yarn(4.0), "training": {"seq_len": 4 * TRAINED}},
 ]
@@ -145,9 +146,12 @@ def _train(path: Path) -> None:
     train(load_run(path), quiet=True)
 
 
-def test_a_llama_goes_on_through_lengths_and_layouts(theirs: Path, tmp_path: Path) -> None:
+def test_a_llama_goes_on_through_lengths_and_layouts(
+    theirs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     convert(theirs, tmp_path / "imported", "--to", "native")
     _train(write_run(tmp_path, "plain", LENGTHS, model="llama", theirs=theirs))
+    assert "imported: model.rope_theta is 10000.0 there and 20000.0 here" in caplog.text
     path = write_run(tmp_path, "run", in_layouts(), model="llama", theirs=theirs)
     with pytest.raises(NextStage) as ended:
         _train(path)
