@@ -105,11 +105,14 @@ def test_layer_norms_and_biases_too(stage: int) -> None:
 
 
 def _tables(case: Case, *, cast: bool = False) -> set[tuple[str, bool]]:
-    """RoPE's tables as every mixer gets them in one step: their dtype, and whether they are exact. `cast`: FSDP2's
-    default, which casts what a block is given."""
+    """RoPE's tables as every mixer gets them in one step: their dtype, and whether they are exact. `cast`: by
+    FSDP2's default, a block of bf16 weights has all it is given cast."""
     config, real = case.config(), shard.MixedPrecisionPolicy
     mesh = init_mesh(config.parallel, device="cpu")
-    policy = mock.Mock(side_effect=lambda **options: real(**{**options, "cast_forward_inputs": cast}))
+
+    def policy(**options: Any) -> Any:
+        return real(**{**options, "cast_forward_inputs": cast and options["param_dtype"] == torch.bfloat16})
+
     with constants_with_noise(), mock.patch.object(shard, "MixedPrecisionPolicy", policy):
         engine: Any = build_engine(config, mesh)
     seen: set[tuple[str, bool]] = set()

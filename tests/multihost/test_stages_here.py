@@ -56,7 +56,7 @@ def test_two_hosts_meet_again_for_every_stage(hosts: tuple[Host, Host], clone: P
     write_stages(clone / "on_hosts.yaml", one, str(clone / "on_hosts"), ON_HOSTS)
     environment = {"NNODES": "2", "RDZV": "hosta:29418"}
     command = ("./launch.sh", "train", "on_hosts.yaml")
-    codes, said = ended(*(host.start(*command, cwd=clone, environment=environment) for host in hosts), timeout=900)
+    codes, said = ended(*(host.start(*command, cwd=clone, environment=environment) for host in hosts), timeout=1800)
     assert codes == [0, 0], said
     started = [line.split()[6:8] for line in said.splitlines() if "sisa_dist.torchrun --nnodes 2" in line]
     assert sorted(int(words[1]) for words in started) == [1, 1, 1, 1, 2, 2], said
