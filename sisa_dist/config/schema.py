@@ -44,7 +44,8 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # of compute; master weights and moments are always fp32
     activation_checkpointing: bool = False  # a block keeps its input alone and is computed again in the backward
     activation_offload: bool = False  # with it: these inputs wait in host memory
-    mlp_chunk: PositiveInt | None = None  # tokens of a window that an MLP takes at a time, and again in the backward
+    # Tokens of what a rank holds of a window that an MLP takes at a time, and again in the backward
+    mlp_chunk: PositiveInt | None = None
     compile: bool = False  # torch.compile, one block at a time
     reshard_after_forward: bool = True  # false: gathered weights stay from forward to backward; memory for speed
     cpu_offload: bool = False  # weights, gradients and moments live in host memory, the optimizer runs there
@@ -269,14 +270,16 @@ class RunConfig(Section):
             raise ValueError(f"evaluation.positions.buckets {asked.buckets} exceed the {seq_len} positions: lower it")
 
     def _check_chunk(self) -> None:
-        chunk, seq_len = self.engine.mlp_chunk, self.training.seq_len
+        chunk, seq_len, parallel = self.engine.mlp_chunk, self.training.seq_len, self.parallel
         if chunk is None:
             return
         if not self.model.dense_d_ff:
             raise ValueError("engine.mlp_chunk has no effect where no layer has a dense mlp: remove it")
-        if chunk >= seq_len:
-            raise ValueError(f"engine.mlp_chunk {chunk} has no effect at training.seq_len {seq_len}: lower it")
-        if self.parallel.sequence_parallel and "ssm_gated" in self.model.layer_ffns:
+        held = seq_len // (parallel.cp * (parallel.tp if parallel.sequence_parallel else 1))
+        if chunk >= held:
+            cut = "" if held == seq_len else f", of which a rank holds {held} tokens"
+            raise ValueError(f"engine.mlp_chunk {chunk} has no effect at training.seq_len {seq_len}{cut}: lower it")
+        if parallel.sequence_parallel and "ssm_gated" in self.model.layer_ffns:
             raise ValueError("engine.mlp_chunk does not go with ffn ssm_gated under sequence_parallel: remove it")
 
     def _check_experts(self) -> None:

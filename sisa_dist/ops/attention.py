@@ -45,17 +45,20 @@ def causal_attention(
         return flash_sdpa(q, k, v, scale=scale, backend=backend)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor, backend: str) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, doc_ids: Tensor, backend: str, erase: bool = False
+) -> Tensor:
     """Softmax over q·k inside each document: the bisected path with d_s = 0. No mask above the leaf size.
 
-    A mask for SDPA would cost T² bytes a sequence and T² of reading, and reaches no flash kernel on a GPU.
+    A mask for SDPA would cost T² bytes a sequence and T² of reading, and reaches no flash kernel on a GPU. `erase`:
+    where q·k of different documents may be thousands of nats.
     """
     heads, none = q.shape[1], q.new_empty(*q.shape[:3], 0)
     none_kv = k.new_empty(*k.shape[:3], 0)
     still = none_kv.sum(-1, dtype=work_dtype(q.dtype))
     lam = still.new_zeros(heads)
     inputs = q, k, v, none, none_kv, still, none_kv, lam
-    return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=None, backend=backend)
+    return sisa_bisected(*inputs, scale=scale, doc_ids_BT=doc_ids, leaf=None, backend=backend, erase=erase)
 
 
 def flash_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, backend: str) -> Tensor:

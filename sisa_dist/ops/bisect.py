@@ -52,10 +52,11 @@ def sisa_bisected(
     doc_ids_BT: Tensor | None,
     leaf: int | None,
     backend: str = "auto",
+    erase: bool = False,
 ) -> Tensor:
-    """Shapes as `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype."""
+    """Shapes as `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype. `erase`: see Operands."""
     leaf = min(LEAF if leaf is None else leaf, q.shape[2])
-    return _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids_BT, scale, leaf, backend)[0]
+    return _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids_BT, scale, leaf, backend, erase)[0]
 
 
 def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, leaf: int) -> Shape:
@@ -67,17 +68,17 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, C: Tensor, doc_ids: Tensor | None, l
     "sisa_dist::bisected",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor log_alpha, Tensor theta, Tensor lam, "
-    "Tensor? doc_ids, float scale, int leaf, str backend='auto') -> (Tensor out, Tensor lse, Tensor g, Tensor turns)",
+    "Tensor? doc_ids, float scale, int leaf, str backend='auto', bool erase=False) -> "
+    "(Tensor out, Tensor lse, Tensor g, Tensor turns)",
 )
-def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
+def _bisected(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto", erase=False):  # type: ignore[no-untyped-def]
     """out [B,H,T,d_v]; for the backward lse [B,H,T], g [B,H_kv,T] fp64 and the phase in turns [B,H_kv,T,d_s/2]."""
     shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
     with no_autocast(q.device):
         g = decay_sums(log_alpha, work=work)
         turns = phase_turns(theta, None if doc_ids is None else Segments.of(doc_ids).first, work=work)
-        ops = Operands(
-            q, k, v, C, B, g, turn(turns), lam.to(work) / scale, doc_ids, shape, scale=scale, backend=backend
-        )
+        weight, options = lam.to(work) / scale, {"scale": scale, "backend": backend, "erase": erase}
+        ops = Operands(q, k, v, C, B, g, turn(turns), weight, doc_ids, shape, **options)
         out, lse = leaf_forward(ops.leaves(), scale=scale)
         out, lse = out.flatten(1, 2), lse.flatten(1, 2)
         for level in ops.levels:
@@ -98,7 +99,7 @@ bisected_forward = _bisected  # with lse, for who merges it with other keys of t
 
 
 @_bisected.register_fake
-def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
+def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend="auto", erase=False):  # type: ignore[no-untyped-def]
     work = work_dtype(q.dtype)
     return (
         q.new_empty(*q.shape[:3], v.shape[-1]),
@@ -112,16 +113,19 @@ def _bisected_fake(q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, b
     "sisa_dist::bisected_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor C, Tensor B, Tensor lam, Tensor? doc_ids, Tensor out, "
-    "Tensor lse, Tensor g, Tensor turns, float scale, int leaf, str backend='auto') -> "
+    "Tensor lse, Tensor g, Tensor turns, float scale, int leaf, str backend='auto', bool erase=False) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dC, Tensor dB, Tensor dlog_alpha, Tensor dtheta, Tensor dlam)",
 )
-def _bisected_backward(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
+def _bisected_backward(  # type: ignore[no-untyped-def]
+    dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto", erase=False
+):
     """Gradients in the dtypes of q, k, v, C, B; of log α, θ and λ in fp32 (fp64 where q is)."""
     shape, work = _shape(q, k, v, C, doc_ids, leaf), work_dtype(q.dtype)
     T, d_h, d_v = shape.tokens, shape.d_h, shape.d_v
     with no_autocast(q.device):
-        unit = turn(turns)
-        ops = Operands(q, k, v, C, B, g, unit, lam.to(work) / scale, doc_ids, shape, scale=scale, backend=backend)
+        unit, weight = turn(turns), lam.to(work) / scale
+        options = {"scale": scale, "backend": backend, "erase": erase}
+        ops = Operands(q, k, v, C, B, g, unit, weight, doc_ids, shape, **options)
         dout, out = ops.like_v(dout), ops.like_v(out)
         lse = ops.spread(lse[..., None])[..., 0]
         delta = (dout[..., :d_v].to(work) * out[..., :d_v]).sum(-1)
@@ -191,28 +195,30 @@ def turned_back(
 
 
 @_bisected_backward.register_fake
-def _bisected_backward_fake(dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto"):  # type: ignore[no-untyped-def]
+def _bisected_backward_fake(  # type: ignore[no-untyped-def]
+    dout, q, k, v, C, B, lam, doc_ids, out, lse, g, turns, scale, leaf, backend="auto", erase=False
+):
     work = work_dtype(q.dtype)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, C, B)]
     return *grads, *(torch.empty_like(x, dtype=work) for x in (g, turns, lam))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend = inputs
+    q, k, v, C, B, log_alpha, theta, lam, doc_ids, scale, leaf, backend, erase = inputs
     out, lse, g, turns = output
     ctx.save_for_backward(q, k, v, C, B, lam, doc_ids, out, lse, g, turns)
     ctx.mark_non_differentiable(lse, g, turns)
     ctx.set_materialize_grads(False)
-    ctx.rest = scale, leaf, backend, log_alpha.dtype, theta.dtype, lam.dtype
+    ctx.rest = scale, leaf, backend, erase, log_alpha.dtype, theta.dtype, lam.dtype
 
 
 def _autograd(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 12
-    scale, leaf, backend, *dtypes = ctx.rest
-    *grads, dlog_alpha, dtheta, dlam = _bisected_backward(dout, *ctx.saved_tensors, scale, leaf, backend)
+        return (None,) * 13
+    scale, leaf, backend, erase, *dtypes = ctx.rest
+    *grads, dlog_alpha, dtheta, dlam = _bisected_backward(dout, *ctx.saved_tensors, scale, leaf, backend, erase)
     scalars = (x.to(dtype) for x, dtype in zip((dlog_alpha, dtheta, dlam), dtypes, strict=True))
-    return *grads, *scalars, None, None, None, None
+    return *grads, *scalars, None, None, None, None, None
 
 
 _bisected.register_autograd(_autograd, setup_context=_setup_context)

@@ -131,9 +131,15 @@ class Operands(Buffers):
         *,
         scale: float,
         backend: str,
+        erase: bool = False,
     ) -> None:
-        """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`."""
+        """q … B as in `sisa_attention`; g `[B, H_kv, T]` fp64, turn `[B, H_kv, T, d_s/2]` complex, lam/scale `[H]`.
+
+        `erase`: of another document's keys and rows a level leaves zeros, for scores between documents that may
+        outweigh the mask's value. What a level hides no later one shows, since its spans end later.
+        """
         super().__init__(q, k, v, doc_ids, shape, backend=backend)
+        self.erase = erase
         d_h, d_s, work = shape.d_h, shape.d_s, turn_BGTm.real.dtype
         self.g = self.hold(g)
         self.C, self.B = self.spread(C, dtype=work), self.spread(B, dtype=work)
@@ -170,8 +176,11 @@ class Operands(Buffers):
         outside = None
         if self.doc_q is not None and self.doc_k is not None:
             across = crossing(self.doc_q, self.doc_k, level)
-            even_k[..., self.mask] = torch.where(across.keys, 0.0, self.mask_value).to(even_k.dtype)
             outside = ~across.rows
+            if self.erase:
+                odd_q.masked_fill_(outside[..., None], 0)
+                even_k.masked_fill_(~across.keys[..., None], 0)
+            even_k[..., self.mask] = torch.where(across.keys, 0.0, self.mask_value).to(even_k.dtype)
         return Rectangle(odd_q, even_k, level.even(self.v), rise, fall, outside)
 
 

@@ -2,7 +2,8 @@
 
 Fast, and exact only while the whole sequence's decay is small: both factors e^{g_i−c} and e^{c−g_j} must stay finite,
 masked pairs included. With c in the middle that holds in fp32 and bf16 up to a total decay of about 170 nats less
-what C and B add; beyond it the result is NaN. Whoever calls this has declared a bound or asked for it by name.
+what C and B add, or half of it in each of several packed documents; beyond it the result is NaN. Whoever calls this
+has declared a bound or asked for it by name.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def sisa_single(
     """One SDPA call over Q̂ = [q ; (λ/scale)·e^{g−c} R(Φ) C] and K̂ = [k ; e^{c−g} R(Φ) B].
 
     λ sits wholly on C̄, so that K̂ keeps H_kv heads. Packed documents have one reference each and are attended in the
-    pieces of the bisected path: no kernel takes their mask, and T×T of it is never made. Shapes are those of
-    `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype.
+    pieces of the bisected path: no kernel takes their mask, and T×T of it is never made. A late key of one document
+    against an early query of the next is large for nothing, e^{half of both decays}, and is erased there. Shapes are
+    those of `sisa_attention`, already checked; returns [B, H, T, d_v] in q's dtype.
     """
     H, dtype = q_BHTd.shape[1], q_BHTd.dtype
     work = work_dtype(dtype)
@@ -52,7 +54,7 @@ def sisa_single(
     q_hat = torch.cat((q_BHTd, C_bar.to(dtype)), dim=-1)
     k_hat = torch.cat((k_BGTd, B_bar.to(dtype)), dim=-1)
     if doc_ids_BT is not None:
-        return packed_attention(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT, backend=backend)
+        return packed_attention(q_hat, k_hat, v_BGTv, scale=scale, doc_ids=doc_ids_BT, backend=backend, erase=True)
     return flash_sdpa(q_hat, k_hat, v_BGTv, scale=scale, backend=backend)
 
 

@@ -60,7 +60,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name → (world size, para
 }
 
 
-STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with every bias it can have
+STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with every bias it can have, and other RoPE
     "own": {},
     "llama": {"attention_bias": "all", "mlp_bias": True, "rotary_fraction": 0.5},
     "neox": {
@@ -73,6 +73,15 @@ STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with eve
     },
     "parallel": {"ffn": "parallel", "mlp_bias": True},
     "ssm_gated": {"ffn": "ssm_gated"},
+    # RoPE stretched from 16 tokens to the grid's 40: with a temperature, and by the length of each document.
+    "yarn": {
+        "rotary_fraction": 0.5,
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            **{"beta_fast": 4.0, "beta_slow": 0.5},
+        },
+    },
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16}},
 }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed.grid import Case, constants_with_noise, micro_batches
+from distributed.grid import TOKENS, Case, constants_with_noise, micro_batches
 from distributed.pool import run_job
-from sisa_dist.engine import build_engine
+from sisa_dist.engine import build_engine, shard
+from sisa_dist.model.rope import rope_tables
 from sisa_dist.parallel.mesh import init_mesh
 
 BASE = Case("dp2", "sisa", 2, "heterogeneous", "bf16", qk_norm=True)
@@ -100,6 +102,47 @@ def test_layer_norms_and_biases_too(stage: int) -> None:
     assert want["parameters"]["blocks.0.norm1.bias"] == ("torch.float32", True)
     zero = dataclasses.replace(case, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
     _same(run_job(2, _dtypes, zero)[0], want)
+
+
+def _tables(case: Case, *, cast: bool = False) -> set[tuple[str, bool]]:
+    """RoPE's tables as every mixer gets them in one step: their dtype, and whether they are exact. `cast`: by
+    FSDP2's default, a block of bf16 weights has all it is given cast."""
+    config, real = case.config(), shard.MixedPrecisionPolicy
+    mesh = init_mesh(config.parallel, device="cpu")
+
+    def policy(**options: Any) -> Any:
+        return real(**{**options, "cast_forward_inputs": cast and options["param_dtype"] == torch.bfloat16})
+
+    with constants_with_noise(), mock.patch.object(shard, "MixedPrecisionPolicy", policy):
+        engine: Any = build_engine(config, mesh)
+    seen: set[tuple[str, bool]] = set()
+    wanted = rope_tables(
+        *(0, TOKENS),
+        channels=config.model.rotary_channels,
+        theta=config.model.rope_theta,
+        scaling=config.model.rope_scaling,
+        device=torch.device("cpu"),
+    )
+    assert all((table.bfloat16().float() != table).any() for table in wanted)
+
+    def see(module: Any, arguments: Any) -> None:
+        for table, exact in zip(arguments[1], wanted, strict=True):
+            seen.add((str(table.dtype), torch.equal(table.float(), exact)))
+
+    for block in engine.model.blocks:
+        block.mixer.register_forward_pre_hook(see)
+    engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
+    return seen
+
+
+@pytest.mark.parametrize("style", ["yarn", "dynamic"])
+def test_ropes_tables_stay_fp32_under_every_engine(style: str) -> None:
+    case = dataclasses.replace(BASE, style=style)
+    assert run_job(2, _tables, case)[0] == {("torch.float32", True)}
+    assert run_job(2, _tables, case, cast=True)[0] == {("torch.bfloat16", False)}  # what would be seen
+    for stage in (1, 3):
+        zero = dataclasses.replace(case, engine=(("kind", "deepspeed"), ("zero_stage", stage)))
+        assert run_job(2, _tables, zero)[0] == {("torch.float32", True)}
 
 
 @pytest.mark.slow

@@ -48,11 +48,14 @@ STYLED = [
     Case("tp2_sp", "attention", 1, "heterogeneous", "fp32", qk_norm=True, documents=True, style="llama"),
     Case("dp2", "sisa", 2, "uniform", "fp32", tied=False, style="llama"),
     Case("tp2", "attention", 1, "uniform", "bf16", checkpointing=True, style="llama"),
+    Case("tp2", "sisa", 2, "uniform", "bf16", style="yarn"),
+    Case("dp2", "attention", 2, "heterogeneous", "bf16", checkpointing=True, style="yarn"),
+    Case("tp2_sp", "sisa", 1, "heterogeneous", "fp32", documents=True, style="dynamic"),
 ]
 
 
 @pytest.mark.parametrize("case", sorted(STYLED, key=lambda case: case.world_size), ids=str)
-def test_another_familys_block_equals_one_process(case: Case) -> None:
+def test_another_familys_block_or_rope_equals_one_process(case: Case) -> None:
     check(case)
 
 

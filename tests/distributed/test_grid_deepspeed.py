@@ -63,6 +63,8 @@ STYLED = [
         (2, "tp2_dp2", "sisa", 2, "uniform", "fp32", "neox"),
         (3, "tp2_dp2_sp", "attention", 4, "heterogeneous", "fp32", "neox"),
         (3, "dp2", "sisa", 2, "uniform", "bf16", "llama"),
+        (1, "tp2", "sisa", 4, "uniform", "bf16", "yarn"),
+        (3, "dp2", "attention", 2, "heterogeneous", "bf16", "dynamic"),
         (0, "tp2_sp", "sisa", 1, "heterogeneous", "fp32", "ssm_gated"),
         (1, "tp2_dp2", "sisa", 4, "heterogeneous", "bf16", "ssm_gated"),
         (2, "dp2", "sisa", 2, "uniform", "bf16", "ssm_gated"),
@@ -76,7 +78,7 @@ STYLED = [
     [pytest.param(case, marks=[pytest.mark.slow] * (case.style == "ssm_gated")) for case in STYLED],
     ids=lambda case: f"zero{case.zero_stage}-{case}",
 )
-def test_another_familys_block_under_zero_equals_one_process(case: Case) -> None:
+def test_another_familys_block_or_rope_under_zero_equals_one_process(case: Case) -> None:
     check(case)
 
 

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data_pipeline.prepare import prepare
-from runs import QUICKSTART, losses
-from sisa_dist.config import load_config
+from runs import QUICKSTART, Stages, losses
+from sisa_dist.config import RunConfig, dump_config, load_config
 from sisa_dist.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -60,9 +63,23 @@ def overrides(clone: Path, run: str) -> list[str]:
     return [*FEW_STEPS, f"data.input={clone}/*.txt", f"data.folder={clone}/data", f"output_dir={clone}/{run}"]
 
 
-def assert_like_one_process(clone: Path, run: str) -> None:
-    rows = list(zip(losses(clone / "one"), losses(clone / run), strict=True))
-    assert len(rows) == 3
-    for one, two in rows:
-        assert one[0] == two[0] and one[3] == two[3]  # the same samples
-        assert abs(one[1] - two[1]) < 1e-5 and abs(one[2] - two[2]) < 1e-5 * max(1.0, one[2])
+def write_stages(path: Path, one: RunConfig, run: str, stages: Stages) -> None:
+    """The run of `one`, done in `stages` of two steps each: one schedule and one order of the data over all of them."""
+    tree: dict[str, Any] = yaml.safe_load(dump_config(one))
+    for name in ("parallel", "engine"):
+        del tree[name]
+    del tree["training"]["steps"]
+    tree |= {"output_dir": run, "stages": [{"steps": 2, **stage} for stage in stages]}
+    tree["schedule"] |= {"first_step": 0, "end_step": 2 * len(stages)}
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+
+def assert_like_one_process(
+    clone: Path, run: str, *, one: str = "one", steps: int = 3, tolerance: float = 1e-5
+) -> None:
+    rows = list(zip(losses(clone / one), losses(clone / run), strict=True))
+    assert len(rows) == steps
+    for first, second in rows:
+        assert first[0] == second[0] and first[3] == second[3]  # the same samples
+        assert abs(first[1] - second[1]) < tolerance
+        assert abs(first[2] - second[2]) < tolerance * max(1.0, first[2])

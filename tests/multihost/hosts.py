@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+TIMEOUT = 150  # seconds of one launch
 SSHD = """Port 22
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
@@ -60,6 +61,19 @@ class Host:
         """The ids of what runs on this host, its sshd among them."""
         said = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(line) for line in said.stdout.split()]
+
+
+def ended(*started: subprocess.Popen[str], timeout: float = TIMEOUT) -> tuple[list[int], str]:
+    """Exit codes, and all that was said."""
+    deadline, codes, said = time.monotonic() + timeout, [], ""
+    for process in started:
+        try:
+            said += process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said += f"{process.communicate()[0]}\n--- killed after {timeout} s"
+        codes.append(process.returncode)
+    return codes, said
 
 
 def why_not() -> str | None:

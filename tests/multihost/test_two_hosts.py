@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from multihost.clone import assert_like_one_process, overrides
-from multihost.hosts import Host, two_hosts, why_not
+from multihost.hosts import TIMEOUT, Host, ended
 from sisa_dist.config import load_config
 
 pytestmark = pytest.mark.multihost
-TIMEOUT = 150
 NAME = 'name=two hosts, 100%n of "it\'s" $HOME; `true` *'  # what a shell on the way would like to read
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
-    if (reason := why_not()) is not None:
-        pytest.skip(f"two hosts on this machine: {reason}")
-    with two_hosts(tmp_path_factory.mktemp("hosts") / "etc") as pair:
-        yield pair
 
 
 def arguments(clone: Path, run: str, *more: str) -> list[str]:
     return ["./launch.sh", "train", "configs/quickstart.yaml"] + [
         f"--set={override}" for override in (*overrides(clone, run), *more)
     ]
-
-
-def ended(*started: subprocess.Popen[str]) -> tuple[list[int], str]:
-    """Exit codes, and all that was said."""
-    deadline, codes, said = time.monotonic() + TIMEOUT, [], ""
-    for process in started:
-        try:
-            said += process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said += f"{process.communicate()[0]}\n--- killed after {TIMEOUT} s"
-        codes.append(process.returncode)
-    return codes, said
 
 
 def test_torchrun_with_a_rendezvous(hosts: tuple[Host, Host], clone: Path) -> None:

@@ -71,6 +71,17 @@ def test_packed_paths_are_the_explicit_score(path, layout):
     assert_close(got, value_and_gradients(x, doc_ids=doc_ids, path="dense"), 1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_single_holds_a_strong_decay_in_every_document(dtype, tolerance):
+    """About 60 nats in each: its factors meet those of the next document as e^60, which no mask value outweighs."""
+    x = make(T, decay=3.5, dtype=dtype)
+    doc_ids = torch.arange(T)[None].expand(2, T) // 33
+    decays = x["log_alpha"].detach().unfold(2, 33, 33).sum(-1).neg()
+    assert decays.min() > 45 and decays.max() < 80
+    wanted = value_and_gradients(as_fp64(x), doc_ids=doc_ids, path="dense")
+    assert_close(value_and_gradients(x, doc_ids=doc_ids, path="single"), wanted, tolerance)
+
+
 def test_packed_bf16():
     x = make(T, d_h=64, d_s=32, decay=1.0, dtype=torch.bfloat16, aux=torch.float32)
     doc_ids = ids(LAYOUTS["inside"], LAYOUTS["tiny"])
