@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from sisa_dist.model import LM
 from sisa_dist.model.mixers.attention import AttentionScore
+from sisa_dist.model.mixers.hymba import HymbaScore
 from sisa_dist.model.mixers.sisa import SisaScore
 from sisa_dist.model.mixers.ssmax import SSMax
 from sisa_dist.model.placement import Placement
 from sisa_dist.parallel import collectives
 from sisa_dist.parallel.context_group import Context
 from sisa_dist.parallel.context_score import context_attention
+from sisa_dist.parallel.context_state import place_in_mixer
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ZigzagPlacement(Placement):
 class ContextScore(nn.Module):
     """In the place of a mixer's score: `context_attention` on what it is given, no positions of its own."""
 
-    def __init__(self, context: Context, score: SisaScore | AttentionScore) -> None:
+    def __init__(self, context: Context, score: SisaScore | AttentionScore | HymbaScore) -> None:
         super().__init__()
         self.context, self.backend = context, score.backend
         self.leaf = score.leaf if isinstance(score, SisaScore) else None
@@ -128,6 +130,7 @@ def place_in_context(model: LM, context: Context) -> None:
     for module in list(model.modules()):
         if isinstance(module, SSMax):
             module.placement = placement
+        place_in_mixer(module, context)
         score = getattr(module, "score", None)
-        if isinstance(score, SisaScore | AttentionScore):
+        if isinstance(score, SisaScore | AttentionScore | HymbaScore):
             module.score = UlyssesScore(context, score) if context.kind == "ulysses" else ContextScore(context, score)
