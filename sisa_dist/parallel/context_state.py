@@ -5,9 +5,9 @@ what it kept of a state before it, and each adds to its own tokens what the stat
 (ops/passing.py). So no rank waits for another's scan. Besides, tokens look at neighbours: a convolution at those
 before, Mamba-3's trapezoidal step at the next, and these are sent between the two ranks that hold them.
 
-A layer's rank sends in each direction, of B windows, with states of S numbers and V of their decay a row (Mamba-2 and 3:
-a row is a head, S = d_state · head_dim, V = 1; Mamba: a channel, S = V = d_state) and E the edges it has besides the
-window's own, 1 on the first rank and on the last, else 2:
+In each direction a rank sends for B windows in each layer, where R is cp; a state has S numbers a row and its decay V
+(Mamba-2 and 3: a row is a head, S = d_state · head_dim, V = 1; Mamba: a channel, S = V = d_state); and E edges between
+stretches are its own and another rank's, 1 on the first rank and on the last, else 2:
 
     states          (R − 1) · 2·B·rows·(S + V)          fp32        back: their gradients, reduce-scattered
     convolution     E · B·(taps − 1)·channels           x's dtype   of each

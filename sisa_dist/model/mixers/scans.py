@@ -1,4 +1,4 @@
-"""Where a recurrent mixer looks at other tokens, each as a module, so that context parallelism can put another there."""
+"""Where a recurrent mixer looks at other tokens: modules, so that context parallelism can put others in their place."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ class Ssd(nn.Module):
 
     def forward(self, *terms: Tensor, diagonal: Tensor | None = None, doc_ids: Tensor | None) -> Tensor:
         x, log_decay, B, C, weight = terms
-        return ssd(
-            x, log_decay, B, C, weight, diagonal=diagonal, rank=self.rank, chunk=self.chunk, doc_ids=doc_ids
-        )[0]
+        return ssd(x, log_decay, B, C, weight, diagonal=diagonal, rank=self.rank, chunk=self.chunk, doc_ids=doc_ids)[0]
 
 
 class SelectiveScan(nn.Module):
