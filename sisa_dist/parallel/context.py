@@ -1,8 +1,9 @@
 """Context parallelism: windows are cut among the ranks of cp, and scores are put in place that meet keys of others.
 
-Everything but the score acts on each position by itself, so it runs unchanged on a rank's own positions; parameters are
-those of any data rank, and their gradients, of other positions on each rank, are summed as a data rank's are. Nothing
-is random, and a window's positions are the same wherever they lie.
+Everything but the score, and what recurrent mixers carry (context_state.py), acts on each position by itself, so it
+runs unchanged on a rank's own positions; parameters are those of any data rank, and their gradients, of other positions
+on each rank, are summed as a data rank's are. Nothing is random, and a window's positions are the same wherever they
+lie.
 
 `ulysses` (Jacobs et al. 2023, arXiv 2309.14509) sends positions for heads instead: each rank has some heads of whole
 windows for the score alone, which is then the plain one. A rank sends (R − 1)/R of its q, k, v, C, B, log α and θ, and
@@ -124,7 +125,7 @@ def _to_tokens(x_BHT: Tensor, context: Context) -> Tensor:
 
 
 def place_in_context(model: LM, context: Context) -> None:
-    """`model` works on this rank's positions of each window it is given; its scores meet those of the others."""
+    """`model` works on this rank's positions of each window it is given; scores and states take in the others'."""
     placement = ZigzagPlacement(context)
     model.placement = placement
     for module in list(model.modules()):

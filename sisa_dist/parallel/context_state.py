@@ -185,7 +185,8 @@ def _passing(docs: Tensor | None, context: Context) -> Callable[[Tensor, Tensor]
     def before(left: Tensor, kept: Tensor) -> Tensor:
         sizes = left[0, 0].numel(), kept[0, 0].numel()
         sent = torch.cat((left.flatten(2), kept.flatten(2)), -1).unflatten(0, (2, -1))
-        states = states_before(*_InOrder.apply(sent, context).split(sizes, -1), docs)
+        every_left, every_kept = _InOrder.apply(sent, context).split(sizes, -1)
+        states = states_before(every_left, every_kept, docs)
         return context.own(states).flatten(0, 1).view_as(left)
 
     return before

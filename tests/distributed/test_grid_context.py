@@ -115,8 +115,12 @@ def scores(case: Case) -> list[tuple[Tensor, Tensor]]:
         return [engine.score(whole.tokens[:, :n], whole.labels[:, -n:], whole.doc_ids[:, :n]) for n in LENGTHS]  # type: ignore
 
 
-def test_windows_of_any_length_are_scored() -> None:
-    case = Case("cp2_tp2_sp_ring", "sisa", 4, "uniform", "fp32", documents=True)
+@pytest.mark.parametrize(
+    ("layout", "mixer"),
+    [("cp2_tp2_sp_ring", "sisa"), ("cp4", "mamba2"), pytest.param("cp2_ulysses", "hymba", marks=pytest.mark.slow)],
+)
+def test_windows_of_any_length_are_scored(layout: str, mixer: str) -> None:
+    case = Case(layout, mixer, 4, "uniform", "fp32", documents=True)
     want = run_job(1, scores, case.reference())[0]
     for found in run_job(case.world_size, scores, case):
         for (log_prob, is_argmax), (want_log_prob, want_is_argmax) in zip(found, want, strict=True):
