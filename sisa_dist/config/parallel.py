@@ -8,8 +8,11 @@ from typing import Literal
 from pydantic import PositiveInt
 from pydantic import model_validator as _model_validator
 
+from sisa_dist.config.mixers import WITHOUT_HEADS
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.section import Section
+
+WITHOUT_CONTEXT = ("fox", "sigmoid_sisa")  # mixers whose windows cp does not cut
 
 
 class ParallelConfig(Section):
@@ -49,10 +52,10 @@ def check_context(parallel: ParallelConfig, model: ModelConfig, *, seq_len: int,
     if cp == 1:
         return
     for layer, mixer in enumerate(model.layer_mixers):
-        if mixer not in ("sisa", "attention"):
+        if mixer in WITHOUT_CONTEXT:
             raise ValueError(
-                f"parallel.cp {cp} cuts windows for the mixers sisa and attention only, and layer {layer} has {mixer}: "
-                "set parallel.cp to 1"
+                f"parallel.cp {cp} does not cut windows for the mixers {' and '.join(WITHOUT_CONTEXT)}, and layer "
+                f"{layer} has {mixer}: set parallel.cp to 1"
             )
     if model.moe is not None:
         raise ValueError(
@@ -66,6 +69,29 @@ def check_context(parallel: ParallelConfig, model: ModelConfig, *, seq_len: int,
             f"parallel.cp {cp} cuts training.seq_len {seq_len} into {cut}, which does not come out even: set seq_len "
             f"to {max(1, seq_len // unit) * unit} or {(seq_len // unit + 1) * unit}"
         )
+    if model.meta_tokens % unit:
+        raise ValueError(
+            f"parallel.cp {cp} cuts rows that hymba.meta_tokens {model.meta_tokens} lengthen, which {unit} does not "
+            f"divide: set it to {model.meta_tokens // unit * unit} or {(model.meta_tokens // unit + 1) * unit}"
+        )
+    _check_kind(parallel, model, path)
+
+
+def _check_kind(parallel: ParallelConfig, model: ModelConfig, path: str) -> None:
+    cp, tp = parallel.cp, parallel.tp
+    if set(model.layer_mixers) <= set(WITHOUT_HEADS):
+        if parallel.cp_kind != "all_gather":
+            raise ValueError(
+                f"parallel.cp_kind {parallel.cp_kind} is of scores, and no layer has any: remove it (states are always "
+                "gathered)"
+            )
+        return
+    for layer, mixer in enumerate(model.layer_mixers):
+        if mixer == "hymba" and model.window_of(layer) is not None and parallel.cp_kind != "ulysses":
+            raise ValueError(
+                f"parallel.cp_kind {parallel.cp_kind} meets all keys, and layer {layer} of hymba has a window: set "
+                "cp_kind to ulysses"
+            )
     if parallel.cp_kind != "ulysses" and path in ("single", "dense"):
         raise ValueError(
             f"attention.path {path} has no effect under parallel.cp_kind {parallel.cp_kind}, which is bisected: set "

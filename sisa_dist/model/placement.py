@@ -1,8 +1,8 @@
 """Which positions of its windows a process works on: here all of them.
 
 Context parallelism puts a subclass in its place (parallel/context.py); the model cuts what goes in and joins what
-comes out, and in between only the scores look at positions held elsewhere. doc_ids are handed on whole: they are small,
-and who sees whom is a matter of all of them.
+comes out, and in between only scores, convolutions and recurrences (mixers/scans.py) look at positions held elsewhere.
+doc_ids are handed on whole: they are small, and who sees whom is a matter of all of them.
 """
 
 from __future__ import annotations

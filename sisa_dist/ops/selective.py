@@ -14,6 +14,7 @@ by memory bandwidth, and a fused kernel is several times faster on a GPU: there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,15 +37,17 @@ def selective_scan(
     *,
     chunk: int = 64,
     doc_ids: Tensor | None = None,
-    state: Tensor | None = None,
+    state: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y for T ≥ 1 tokens, and the state after the last.
 
     x, delta (Δ, ≥ 0) `[B, T, D]`; A (≤ 0) `[D, N]`; B, C `[B, T, N]`. `doc_ids` `[B, T]`, non-decreasing: the state is
-    empty at a document's start. `state` `[B, D, N]`: from before the first token, of the first document.
+    empty at a document's start. `state` `[B, D, N]`: from before the first token, of the first document. Where it is
+    known only once others know what these tokens leave, it is a function: of the state after them from an empty one,
+    and of what one from before keeps until then, both `[B, D, N]`, to the state before them.
 
-    Returns y `[B, T, D]` and the last document's state `[B, D, N]`, both fp32 (fp64 for fp64). No gradients pass
-    through either state. Raises UserError for shapes that do not fit.
+    Returns y `[B, T, D]` and the last document's state `[B, D, N]`, both fp32 (fp64 for fp64). Gradients pass through
+    all states. Raises UserError for shapes that do not fit.
     """
     batch, T, D = x.shape
     N = A.shape[1]
@@ -55,8 +58,20 @@ def selective_scan(
         )
     work = work_dtype(x.dtype)
     first_BT = None if doc_ids is None else F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0))
-    before = x.new_zeros(batch, D, N, dtype=work) if state is None else state.to(work)
-    return _Scan.apply(*(z.to(work) for z in (x, delta, A, B, C)), first_BT, before, min(chunk, T))
+    x, delta, A, B, C = (z.to(work) for z in (x, delta, A, B, C))
+    empty = x.new_zeros(batch, D, N)
+    if not callable(state):
+        before = empty if state is None else state.to(work)
+        return _Scan.apply(x, delta, A, B, C, first_BT, before, min(chunk, T))
+    y, left = _Scan.apply(x, delta, A, B, C, first_BT, empty, min(chunk, T))
+    # The recurrence is linear in its state: what one from before gives is added, without a second scan.
+    reach_BTD = delta.cumsum(1)
+    outside_BT = None if doc_ids is None else doc_ids != doc_ids[:, :1]
+    kept = (reach_BTD[:, -1, :, None] * A).exp()
+    if outside_BT is not None:
+        kept = kept.masked_fill(outside_BT[:, -1, None, None], 0.0)
+    before = state(left, kept)
+    return y + _Carried.apply(reach_BTD, A, C, before, outside_BT, min(chunk, T)), left + kept * before
 
 
 class _Scan(torch.autograd.Function):
@@ -82,15 +97,14 @@ class _Scan(torch.autograd.Function):
                 now_BDN = h_BLDN[:, -1].clone()  # a view would keep all states
         ctx.save_for_backward(x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, first_BT, *starts)
         ctx.chunk = chunk
-        ctx.mark_non_differentiable(now_BDN)
         return torch.cat(y, dim=1), now_BDN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_BTD: Tensor, later_BDN: Tensor) -> tuple[Tensor | None, ...]:
         """With G_t the gradient of h_t: G_t = dy_t C_tᵀ + e^{Δ_{t+1} A} G_{t+1}, the same scan from the end."""
         x_BTD, delta_BTD, A_DN, B_BTN, C_BTN, first_BT, *starts = ctx.saved_tensors
-        chunk, later_BDN, dA_DN = ctx.chunk, torch.zeros_like(starts[0]), torch.zeros_like(A_DN)
+        chunk, dA_DN = ctx.chunk, torch.zeros_like(A_DN)
         parts = []
         with no_autocast(x_BTD.device):
             for index in reversed(range(len(starts))):
@@ -110,7 +124,47 @@ class _Scan(torch.autograd.Function):
                 dA_DN += torch.einsum("bld,bldn->dn", delta, d_exponent)
                 parts.append((du * delta, (d_exponent * A_DN).sum(-1) + du * x, dB, dC))
         dx, ddelta, dB, dC = (torch.cat(pieces[::-1], dim=1) for pieces in zip(*parts, strict=True))
-        return dx, ddelta, dA_DN, dB, dC, None, None, None
+        return dx, ddelta, dA_DN, dB, dC, None, later_BDN, None
+
+
+class _Carried(torch.autograd.Function):
+    """What a state from before gives: y_t = (e^{A r_t} ∘ S) C_t, r_t = Δ_1 + … + Δ_t, 0 in other documents."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        reach_BTD: Tensor,
+        A_DN: Tensor,
+        C_BTN: Tensor,
+        before_BDN: Tensor,
+        outside_BT: Tensor | None,
+        chunk: int,
+    ) -> Tensor:
+        y = []
+        for start in range(0, reach_BTD.shape[1], chunk):
+            reach, C, outside = _cut(start, chunk, reach_BTD, C_BTN, outside_BT)
+            h_BLDN = _decays(reach, A_DN, outside).mul_(before_BDN[:, None])
+            y.append((h_BLDN @ C[..., None])[..., 0])
+        ctx.save_for_backward(reach_BTD, A_DN, C_BTN, before_BDN, outside_BT)
+        ctx.chunk = chunk
+        return torch.cat(y, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        reach_BTD, A_DN, C_BTN, before_BDN, outside_BT = ctx.saved_tensors
+        dA_DN, dbefore_BDN, parts = torch.zeros_like(A_DN), torch.zeros_like(before_BDN), []
+        for start in range(0, reach_BTD.shape[1], ctx.chunk):
+            reach, C, dy, outside = _cut(start, ctx.chunk, reach_BTD, C_BTN, dy_BTD, outside_BT)
+            G_BLDN = _decays(reach, A_DN, outside)
+            dC = (dy[:, :, None] @ (G_BLDN * before_BDN[:, None]))[:, :, 0]
+            G_BLDN.mul_(dy[..., None]).mul_(C[:, :, None])
+            dbefore_BDN += G_BLDN.sum(1)
+            d_exponent = G_BLDN.mul_(before_BDN[:, None])
+            dA_DN += torch.einsum("bld,bldn->dn", reach, d_exponent)
+            parts.append(((d_exponent * A_DN).sum(-1), dC))
+        dreach, dC = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
+        return dreach, dA_DN, dC, dbefore_BDN, None, None
 
 
 def _cut(start: int, length: int, *whole: Any) -> tuple[Any, ...]:
@@ -118,7 +172,7 @@ def _cut(start: int, length: int, *whole: Any) -> tuple[Any, ...]:
 
 
 def _decays(delta_BLD: Tensor, A_DN: Tensor, first_BL: Tensor | None) -> Tensor:
-    """e^{ΔA} [B, L, D, N], 0 at a document's first token."""
+    """e^{ΔA} [B, L, D, N], 0 where it is said, as at a document's first token."""
     decay = exp_(delta_BLD[..., None] * A_DN)
     return decay if first_BL is None else decay.masked_fill_(first_BL[..., None, None], 0.0)
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from sisa_dist.ops.backends import Gradients, Rows, attend, attend_backward, value_width
 from sisa_dist.ops.bisect import EXCLUDED, turned_back
 from sisa_dist.ops.documents import Segments, mask_value
+from sisa_dist.ops.passing import stretch_turns
 from sisa_dist.ops.precision import exp_, work_dtype
-from sisa_dist.ops.spans import as_complex, as_real, as_turns, phase_units, turn
+from sisa_dist.ops.spans import as_complex, as_real, turn
 
 
 class Inputs(NamedTuple):
@@ -60,12 +61,7 @@ def joined(x_2BHh: Tensor) -> Tensor:
 def frames(g: Tensor, theta: Tensor, doc_ids: Tensor | None, *, work: torch.dtype) -> Frames:
     """g `[2, B, G, h]`, fp64 running sums within the stretch; theta `[2, B, G, h, m]`; doc_ids `[2, B, h]`."""
     end = g[..., -1:]
-    units = phase_units(theta.flatten(0, 1), work=work).view(theta.shape)
-    if doc_ids is not None:
-        first = Segments.of(doc_ids.flatten(0, 1)).first.view(doc_ids.shape)[:, :, None, :, None]
-        before = units.gather(3, (first - 1).clamp(min=0).expand_as(units))
-        units = units - before.masked_fill_(first == 0, 0)
-    turns = as_turns(units, work=work, dtype=torch.float64)
+    turns = stretch_turns(theta, doc_ids, work=work)
     totals = torch.cat((end, turns[..., -1, :]), -1)
     return Frames(exp_(g.to(work, copy=True)), exp_((end - g).to(work)), turn(turns.to(work)), totals)
 

@@ -13,6 +13,7 @@ costs a GPU its 16-bit tensor cores: there is no kernel here. Nothing of gates, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def ssd(
     rank: int = 1,
     chunk: int = 64,
     doc_ids: Tensor | None = None,
-    state: Tensor | None = None,
+    state: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum above for T tokens, and the state after the last.
 
@@ -42,7 +43,9 @@ def ssd(
     and head h reads group h // (H / G). The `rank` rows of a token are as many inputs into, and outputs of, one state,
     all with the token's a and w. `diagonal` `[B, H, T]`: w_i of the term j = i alone, where it is not what later tokens
     see. `doc_ids` `[B, T]`, non-decreasing: the state is empty at a document's start; `state` `[B, H, N, P]`, from
-    before the first token, belongs to the first document. Any T ≥ 1.
+    before the first token, belongs to the first document. Where it is known only once others know what these tokens
+    leave, `state` is a function: of the state after them from an empty one, and of what one from before keeps until
+    then, `[B, H, 1, 1]`, to the state before them. Gradients pass through all of these. Any T ≥ 1.
 
     Returns y `[B, H, T·rank, P]` in x's dtype and the last document's state `[B, H, N, P]` in fp32 (fp64 for fp64).
     Raises UserError for shapes that do not fit.
@@ -66,6 +69,9 @@ def ssd(
         y_bghclp = (CB_bgcll[:, :, None] * inside) @ wx_bghclp
 
         new_bghcnp = torch.einsum("bgcln,bghclp->bghcnp", B_bgcln, wx_bghclp * _rows(leave_bghct, rank))
+        if callable(state):
+            _, left_bghnp = _pass_on(new_bghcnp, enter_bghct[..., -1], None)
+            state = state(left_bghnp.flatten(1, 2), _kept(log_decay, doc_ids, work))
         before_bghcnp, after_bghnp = _pass_on(new_bghcnp, enter_bghct[..., -1], state)
         if before_bghcnp is not None:
             carried_bghclp = torch.einsum("bgcln,bghcnp->bghclp", C_bgcln, before_bghcnp)
@@ -143,6 +149,14 @@ def _pass_on(new_bghcnp: Tensor, keep_bghc: Tensor, state: Tensor | None) -> tup
         before.append(now)
         now = now * kept_bgh[..., None, None] + added
     return torch.stack(before, dim=3), now
+
+
+def _kept(log_decay_BHT: Tensor, doc_ids_BT: Tensor | None, work: torch.dtype) -> Tensor:
+    """What a state from before the first token keeps of itself until behind the last: `[B, H, 1, 1]`."""
+    total_BH = log_decay_BHT.to(work).sum(2)
+    if doc_ids_BT is not None:
+        total_BH = total_BH.masked_fill((doc_ids_BT[:, 0] != doc_ids_BT[:, -1])[:, None], -torch.inf)
+    return total_BH.exp()[..., None, None]
 
 
 def _own_term(x_bghclp: Tensor, CB_bgcll: Tensor, d_bghct: Tensor, rank: int) -> Tensor:

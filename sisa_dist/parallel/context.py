@@ -1,8 +1,9 @@
 """Context parallelism: windows are cut among the ranks of cp, and scores are put in place that meet keys of others.
 
-Everything but the score acts on each position by itself, so it runs unchanged on a rank's own positions; parameters are
-those of any data rank, and their gradients, of other positions on each rank, are summed as a data rank's are. Nothing
-is random, and a window's positions are the same wherever they lie.
+Everything but the score, and what recurrent mixers carry (context_state.py), acts on each position by itself, so it
+runs unchanged on a rank's own positions; parameters are those of any data rank, and their gradients, of other positions
+on each rank, are summed as a data rank's are. Nothing is random, and a window's positions are the same wherever they
+lie.
 
 `ulysses` (Jacobs et al. 2023, arXiv 2309.14509) sends positions for heads instead: each rank has some heads of whole
 windows for the score alone, which is then the plain one. A rank sends (R − 1)/R of its q, k, v, C, B, log α and θ, and
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 
 from sisa_dist.model import LM
 from sisa_dist.model.mixers.attention import AttentionScore
+from sisa_dist.model.mixers.hymba import HymbaScore
 from sisa_dist.model.mixers.sisa import SisaScore
 from sisa_dist.model.mixers.ssmax import SSMax
 from sisa_dist.model.placement import Placement
 from sisa_dist.parallel import collectives
 from sisa_dist.parallel.context_group import Context
 from sisa_dist.parallel.context_score import context_attention
+from sisa_dist.parallel.context_state import place_in_mixer
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ZigzagPlacement(Placement):
 class ContextScore(nn.Module):
     """In the place of a mixer's score: `context_attention` on what it is given, no positions of its own."""
 
-    def __init__(self, context: Context, score: SisaScore | AttentionScore) -> None:
+    def __init__(self, context: Context, score: SisaScore | AttentionScore | HymbaScore) -> None:
         super().__init__()
         self.context, self.backend = context, score.backend
         self.leaf = score.leaf if isinstance(score, SisaScore) else None
@@ -122,12 +125,13 @@ def _to_tokens(x_BHT: Tensor, context: Context) -> Tensor:
 
 
 def place_in_context(model: LM, context: Context) -> None:
-    """`model` works on this rank's positions of each window it is given; its scores meet those of the others."""
+    """`model` works on this rank's positions of each window it is given; scores and states take in the others'."""
     placement = ZigzagPlacement(context)
     model.placement = placement
     for module in list(model.modules()):
         if isinstance(module, SSMax):
             module.placement = placement
+        place_in_mixer(module, context)
         score = getattr(module, "score", None)
-        if isinstance(score, SisaScore | AttentionScore):
+        if isinstance(score, SisaScore | AttentionScore | HymbaScore):
             module.score = UlyssesScore(context, score) if context.kind == "ulysses" else ContextScore(context, score)

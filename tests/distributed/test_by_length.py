@@ -1,4 +1,4 @@
-"""Evaluation by length under tp, sequence parallelism, dp and both engines is that of one process."""
+"""Evaluation by length under tp, sequence parallelism, cp, dp and both engines is that of one process."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ class Sevens:
 
 
 @pytest.mark.parametrize(
-    ("layout", "options"),
+    ("layout", "mixer", "options"),
     [
-        ("tp2_dp2_sp", {}),
-        ("dp2", {"kind": "deepspeed"}),
-        pytest.param("tp2_dp2", {"kind": "deepspeed", "zero_stage": 1}, marks=pytest.mark.slow),
+        ("tp2_dp2_sp", "sisa", {}),
+        ("dp2", "sisa", {"kind": "deepspeed"}),
+        ("cp2", "mamba3_sisa", {}),
+        pytest.param("cp2_dp2_ring", "sisa", {}, marks=pytest.mark.slow),
+        pytest.param("tp2_dp2", "sisa", {"kind": "deepspeed", "zero_stage": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_under_every_engine_and_layout(layout: str, options: dict[str, Any]) -> None:
-    case = Case(layout, "sisa", 4, "uniform", "fp32", documents=True, engine=tuple(options.items()))
+def test_the_same_under_every_engine_and_layout(layout: str, mixer: str, options: dict[str, Any]) -> None:
+    case = Case(layout, mixer, 4, "uniform", "fp32", documents=True, engine=tuple(options.items()))
     ((before, table, after),) = run_job(1, _evaluate, case.reference())
     assert before["score_by_length"] == [0.0] and after["score_by_length"] == [1.0]
     assert len({round(loss, 3) for loss in table["loss_by_position"]}) > 2

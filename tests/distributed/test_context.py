@@ -191,7 +191,7 @@ def counted() -> Iterator[dict[str, int]]:
     }
     moves = {
         "batch_isend_irecv": lambda moves: sum(move.tensor.nbytes for move in moves if move.op is dist.isend),
-        "all_to_all_single": lambda found, x, received, to: x.nbytes * (ranks - 1) // ranks,
+        "all_to_all_single": lambda found, x, received, to: x.nbytes * (sum(to) - to[dist.get_rank()]) // sum(to),
     }
     with contextlib.ExitStack() as stack:
         for place, of in ((collectives, counts), (dist, moves)):

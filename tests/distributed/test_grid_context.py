@@ -33,12 +33,18 @@ FAST = [
     Case("cp2_tp2", "sisa", 2, "uniform", "fp32", documents=True),
     Case("cp2_tp2_sp_ring", "sisa", 1, "heterogeneous", "fp32", checkpointing=True),
     Case("cp2_tp2", "sisa", 4, "uniform", "fp32", documents=True, engine=ZERO3),
+    Case("cp2", "mamba2", 4, "uniform", "fp32", documents=True),
+    Case("cp2", "mamba3", 4, "uniform", "fp32", documents=True),
+    Case("cp2_tp2", "jamba", 4, "uniform", "fp32", documents=True),
 ]
+# Mixers that carry a state, beside scores or alone, and what cuts hymba's windows.
+STATES = ("mamba", "jamba", "mamba2", "mamba2_groups", "mamba3", "mamba3_mimo", "mamba3_rational", "mamba3_sisa")
+STATES += ("falcon_h1", "falcon_h1_scaled")
 LAID = [name for name in LAYOUTS if "cp" in name]
 
 
 def slow() -> list[Case]:
-    """Every layout under every engine, for both mixers; and what a block or a score may have besides."""
+    """Every layout under every engine, for both mixers; what a block or a score may have besides; and states."""
     found = []
     for layout, engine in itertools.product(LAID, ((), ZERO1, ZERO2, ZERO3)):
         kv = 4 if "ulysses" in layout else 2
@@ -50,7 +56,27 @@ def slow() -> list[Case]:
     found += [Case(layout, "sisa", 4, "uniform", "bf16", documents=True) for layout in LAID]
     found += [Case("cp2_tp2", name, 4, "uniform", "fp32") for name in ("attention_ssmax", "no_decay", "ssm_gated")]
     found += [Case("cp2", "sisa", 4, "uniform", "fp32", engine=(("compile", True),))]
-    return found
+    return found + [case for name in STATES for case in of_states(name)] + of_hymba()
+
+
+def of_states(name: str) -> list[Case]:
+    return [
+        Case("cp2", name, 4, "uniform", "fp32"),
+        Case("cp4", name, 4, "uniform", "fp32", documents=True, tied=False, checkpointing=True),
+        Case("cp2_tp2_sp", name, 4, "uniform", "fp32", documents=True),
+        Case("cp2_tp2", name, 4, "uniform", "fp32", documents=True, engine=ZERO3),
+        Case("cp2_dp2", name, 4, "uniform", "fp32", documents=True, engine=ZERO2),
+        Case("hsdp_cp2_2x1", name, 4, "uniform", "fp32"),
+        Case("cp2", name, 4, "uniform", "bf16", documents=True),
+    ]
+
+
+def of_hymba() -> list[Case]:
+    return [
+        Case("cp2_ulysses", "hymba", 4, "uniform", "fp32", documents=True),
+        Case("cp2_ulysses", "hymba", 4, "uniform", "fp32", engine=ZERO3),
+        Case("cp2_ulysses", "hymba", 4, "uniform", "bf16", documents=True, checkpointing=True),
+    ]
 
 
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in slow())]
@@ -89,8 +115,12 @@ def scores(case: Case) -> list[tuple[Tensor, Tensor]]:
         return [engine.score(whole.tokens[:, :n], whole.labels[:, -n:], whole.doc_ids[:, :n]) for n in LENGTHS]  # type: ignore
 
 
-def test_windows_of_any_length_are_scored() -> None:
-    case = Case("cp2_tp2_sp_ring", "sisa", 4, "uniform", "fp32", documents=True)
+@pytest.mark.parametrize(
+    ("layout", "mixer"),
+    [("cp2_tp2_sp_ring", "sisa"), ("cp4", "mamba2"), pytest.param("cp2_ulysses", "hymba", marks=pytest.mark.slow)],
+)
+def test_windows_of_any_length_are_scored(layout: str, mixer: str) -> None:
+    case = Case(layout, mixer, 4, "uniform", "fp32", documents=True)
     want = run_job(1, scores, case.reference())[0]
     for found in run_job(case.world_size, scores, case):
         for (log_prob, is_argmax), (want_log_prob, want_is_argmax) in zip(found, want, strict=True):

@@ -222,6 +222,10 @@ def test_numbers_and_refusals() -> None:
     assert halved.mesh == {"dp_replicate": 1, "tp": 1, "dp_shard": 2, "cp": 2} and halved.micro_batches == 2
     assert (halved.states, halved.flops_per_step) == (found.states, found.flops_per_step)
     assert 0.5 * found.activations < halved.activations < 0.6 * found.activations
+    recurrent = [*SMALL, "model.mixer=mamba3", "model.d_s=null"]
+    whole = alone(estimate, load_config(QUICKSTART, recurrent), world_size=2)
+    halved = alone(estimate, load_config(QUICKSTART, [*recurrent, "parallel.cp=2"]), world_size=2)
+    assert halved.states == whole.states and 0.5 * whole.activations < halved.activations < 0.7 * whole.activations
     with pytest.raises(UserError, match="does not divide the 3 process"):
         alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
 

@@ -22,6 +22,7 @@ from sisa_dist.model.init import Init, InverseSoftplus, LogIndex, Uniform
 from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.mamba2 import CausalConv, Skip
 from sisa_dist.model.mixers.recurrent import RecurrentCache, emptied
+from sisa_dist.model.mixers.scans import SelectiveScan
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables
@@ -67,7 +68,7 @@ class Mamba(Mixer):
     def __init__(self, config: ModelConfig, layer: int, attention: AttentionConfig, *, output: bool = True) -> None:
         super().__init__(config, layer, attention)
         d, ssm, channels = config.d_model, config.state_space, config.ssm_width
-        self.widths, self.chunk = [config.dt_rank, ssm.d_state, ssm.d_state], ssm.chunk
+        self.widths, self.scan = [config.dt_rank, ssm.d_state, ssm.d_state], SelectiveScan(ssm.chunk)
         self.wz = nn.Linear(d, channels, bias=False)
         self.wx = nn.Linear(d, channels, bias=False)
         # One matrix for three: its columns are cut, not its rows, and so one sum over ranks serves all.
@@ -105,11 +106,11 @@ class Mamba(Mixer):
         delta_BTD, A_DN = self.rates(self.wdt(self.dt_norm(dt_BTR)))
         terms = channels_BTD, delta_BTD, A_DN, self.B_norm(B_BTN), self.C_norm(C_BTN)
         if cache is None:
-            y_BTD, _ = selective_scan(*terms, chunk=self.chunk, doc_ids=doc_ids)
+            y_BTD = self.scan(*terms, doc_ids=doc_ids)
         else:
             with torch.no_grad():
                 state = emptied(cache.state, new_B)
-                y_BTD, cache.state = selective_scan(*terms, chunk=self.chunk, state=state, doc_ids=doc_ids)
+                y_BTD, cache.state = selective_scan(*terms, chunk=self.scan.chunk, state=state, doc_ids=doc_ids)
             cache.before = before
         # A channel is a head one channel wide.
         y_BTD = y_BTD + self.skip(channels_BTD.mT[..., None])[..., 0].mT

@@ -22,6 +22,7 @@ from sisa_dist.model.init import Constant, Init, InverseSoftplus, LogIndex, Unif
 from sisa_dist.model.mixers.attention import merge_heads, split_heads
 from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.recurrent import RecurrentCache, emptied
+from sisa_dist.model.mixers.scans import Ssd
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables
@@ -127,7 +128,7 @@ class Mamba2(Mixer):
         super().__init__(config, layer, attention)
         self.multipliers, self.norm_first = multipliers, norm == "before_gate"
         d, ssm, channels, heads = config.d_model, config.state_space, config.ssm_width, config.ssm_heads
-        self.head_dim, self.d_state, self.chunk = ssm.head_dim, ssm.d_state, ssm.chunk
+        self.head_dim, self.d_state, self.scan = ssm.head_dim, ssm.d_state, Ssd(ssm.chunk)
         shared = ssm.n_groups * ssm.d_state
         self.wz = nn.Linear(d, channels, bias=False)
         self.wx = nn.Linear(d, channels, bias=False)
@@ -170,10 +171,10 @@ class Mamba2(Mixer):
         B_BGTN, C_BGTN = split_heads(B_BTD, self.d_state), split_heads(C_BTD, self.d_state)
         terms = x_BHTP, log_decay_BHT, B_BGTN, C_BGTN, delta_BHT
         if cache is None:
-            y_BHTP, _ = ssd(*terms, chunk=self.chunk, doc_ids=doc_ids)
+            y_BHTP = self.scan(*terms, doc_ids=doc_ids)
         else:
             state = emptied(cache.state, new_B)
-            y_BHTP, cache.state = continued(*terms, state=state, chunk=self.chunk, doc_ids=doc_ids)
+            y_BHTP, cache.state = continued(*terms, state=state, chunk=self.scan.chunk, doc_ids=doc_ids)
             cache.before = [before_x, before_B, before_C]
         y_BTD, gate_BTD = merge_heads(y_BHTP + self.skip(x_BHTP)), F.silu(at_least_fp32(z_BTD))
         y_BTD = self.gated_norm(y_BTD) * gate_BTD if self.norm_first else self.gated_norm(y_BTD * gate_BTD)

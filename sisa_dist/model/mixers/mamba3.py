@@ -36,10 +36,10 @@ from sisa_dist.model.mixers.attention import merge_heads, split_heads
 from sisa_dist.model.mixers.base import Cache, Mixer
 from sisa_dist.model.mixers.mamba2 import Skip, continued, ssd_multiply_adds
 from sisa_dist.model.mixers.recurrent import RecurrentCache, emptied
+from sisa_dist.model.mixers.scans import NextStep, RunningPhase, Ssd
 from sisa_dist.model.norm import RMSNorm
 from sisa_dist.model.precision import at_least_fp32
 from sisa_dist.model.rope import RopeTables
-from sisa_dist.ops import running_phase, ssd
 from sisa_dist.ops.rotation import turn
 
 A_MOST = -1e-4
@@ -125,7 +125,8 @@ class Mamba3(Mixer):
         super().__init__(config, layer, attention)
         d, ssm, channels, heads = config.d_model, config.state_space, config.ssm_width, config.ssm_heads
         options = config.mamba3_options
-        self.head_dim, self.d_state, self.chunk, self.rank = ssm.head_dim, ssm.d_state, ssm.chunk, options.rank
+        self.head_dim, self.d_state, self.rank = ssm.head_dim, ssm.d_state, options.rank
+        self.scan, self.phase, self.following = Ssd(ssm.chunk, options.rank), RunningPhase(), NextStep()
         self.wz = nn.Linear(d, channels, bias=False)
         self.wx = nn.Linear(d, channels, bias=False)
         self.wB = nn.Linear(d, ssm.n_groups * self.rank * ssm.d_state, bias=False)
@@ -163,7 +164,7 @@ class Mamba3(Mixer):
         delta_BHT, log_decay_BHT, lam_BHT = self.rates(self.wdt(x_BTD), self.wA(x_BTD), self.wtrap(x_BTD))
         angle_B1Tm = math.pi * at_least_fp32(self.wangle(x_BTD)).tanh()[:, None]
         theta_BHTm = angle_B1Tm * delta_BHT[..., None]
-        phase_BHTm = running_phase(theta_BHTm, doc_ids) if cache is None else cache.turn(theta_BHTm)
+        phase_BHTm = self.phase(theta_BHTm, doc_ids) if cache is None else cache.turn(theta_BHTm)
         B_BHRN = self._turned(self.B_bias(self._normed(self.wB(x_BTD), self.B_norm)), phase_BHTm)
         C_BHRN = self._turned(self.C_bias(self._normed(self.wC(x_BTD), self.C_norm)), phase_BHTm)
         x_BHRP, z_BHTP = (split_heads(w(x_BTD), self.head_dim) for w in (self.wx, self.wz))
@@ -174,14 +175,8 @@ class Mamba3(Mixer):
 
         own_BHT, carried_BHT = lam_BHT * delta_BHT, (1 - lam_BHT) * delta_BHT
         if cache is None:
-            weight_BHT = own_BHT + following(carried_BHT, doc_ids)
-            y_BHRP, _ = ssd(
-                *(x_BHRP, log_decay_BHT, B_BHRN, C_BHRN, weight_BHT),
-                diagonal=own_BHT,
-                rank=self.rank,
-                chunk=self.chunk,
-                doc_ids=doc_ids,
-            )
+            terms = x_BHRP, log_decay_BHT, B_BHRN, C_BHRN, own_BHT + self.following(carried_BHT, doc_ids)
+            y_BHRP = self.scan(*terms, diagonal=own_BHT, doc_ids=doc_ids)
         else:
             y_BHRP = self._continued(x_BHRP, log_decay_BHT, B_BHRN, C_BHRN, own_BHT, carried_BHT, doc_ids, new_B, cache)
         y_BHRP = (y_BHRP + self.skip(x_BHRP)) * gate_BHRP
@@ -218,21 +213,12 @@ class Mamba3(Mixer):
             late = B_last.mT @ x_last.to(B_last.dtype) * carried_BHT[:, :, :1, None]
             state = emptied(state + late.to(state.dtype), new_B)
         y, cache.state = continued(
-            *(x, log_decay_BHT, B, C, own_BHT + following(carried_BHT, doc_ids)),
+            *(x, log_decay_BHT, B, C, own_BHT + self.following(carried_BHT, doc_ids)),
             state=state,
-            chunk=self.chunk,
+            chunk=self.scan.chunk,
             rank=self.rank,
             doc_ids=doc_ids,
             diagonal=None if T == 1 else own_BHT,
         )
         cache.last = B[:, :, -self.rank :].detach().clone(), x[:, :, -self.rank :].detach().clone()
         return y
-
-
-def following(carried_BHT: Tensor, doc_ids: Tensor | None) -> Tensor:
-    """(1−λ_{t+1}) Δ_{t+1} at t; 0 at the last token of a document."""
-    next_BHT = F.pad(carried_BHT[:, :, 1:], (0, 1))
-    if doc_ids is None:
-        return next_BHT
-    ends_BT = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (0, 1))
-    return next_BHT.masked_fill(ends_BT[:, None], 0.0)
