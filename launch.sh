@@ -296,7 +296,7 @@ compare)
     ;;
 test)
     setup
-    run "$py" -m pytest "$@"
+    run "$py" -m pytest -n auto --dist loadfile "$@" # a process a core; -n 0: in one
     ;;
 prepare | data | eval | lm-eval | generate | stages | estimate | doctor)
     setup

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data_pipeline.prepare import prepare
+from floors import check_floors
 from runs import QUICKSTART
 from sisa_dist.config import RunConfig, load_config
 
@@ -46,6 +47,7 @@ TINY = [
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """`-m gpu` on a machine with a GPU fails where every test was skipped: it would prove nothing."""
+    check_floors(session, exitstatus)
     wanted = session.config.getoption("markexpr").replace("not gpu", "")
     if "gpu" not in wanted or not torch.cuda.is_available() or session.config.option.collectonly or exitstatus:
         return

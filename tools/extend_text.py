@@ -1,4 +1,4 @@
-"""What tools/extend_context.py trains on: ordinary text, and prompts of evaluation.retrieval with their answers."""
+"""What tools/extend_context.py trains on: ordinary text, and sentences to look up as evaluation.retrieval has them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_base import find_tokenizer
-from sisa_dist.config import RetrievalConfig, Run, parse_config, replace_file
-from sisa_dist.evaluation.retrieval import Retrieval
+from sisa_dist.config import Run, parse_config, replace_file
+from sisa_dist.evaluation.retrieval_tasks import NOISE, TASKS
 
-TASKS = ["passkey", "multikey", "multiquery"]
+HIDDEN = ["passkey", "multikey", "multiquery"]
+SAID = 16
 DRAWN = 1  # the seed of what is trained on; evaluation has the run's
 DOCUMENTS = {"short": 6000, "long": 600}
 
@@ -43,13 +44,26 @@ def _prepare(run: Run, folder: Path, **data: object) -> None:
 
 
 def _documents(tokenizer: Tokenizer, count: int, shortest: int, longest: int) -> str:
-    """JSON lines of prompts with their answers, of lengths drawn evenly by their logarithm."""
-    lengths = np.random.Generator(np.random.Philox(DRAWN)).uniform(np.log(shortest), np.log(longest - 1), count)
-    drawn = [int(length) for length in np.exp(lengths)]
-    made = Retrieval(RetrievalConfig(tasks=TASKS, lengths=[shortest]), tokenizer, seed=DRAWN)
+    """JSON lines of the sentences and questions of evaluation.retrieval, of lengths drawn evenly by their logarithm.
+
+    What is hidden stands not once but some SAID times in a document, in any order, between sentences that say nothing:
+    asked once, at the end alone, so small a model had not begun to look anything up after 4 M tokens.
+    """
+    rng = np.random.Generator(np.random.Philox(DRAWN))
+    noise = [f"{sentence}." for sentence in NOISE.strip().rstrip(".").split(". ")]
+    tokens = np.mean([len(tokenizer.encode(f" {sentence}")) for sentence in noise])
     lines = []
-    for number, length in enumerate(drawn):
-        depth = (number * 0.6180339887) % 1  # even over any stretch of documents
-        example = made.prompt(TASKS[number % len(TASKS)], length, depth, number).example
-        lines.append(json.dumps({"text": tokenizer.decode([*example.tokens, example.labels[-1]])}))
+    for number in range(count):
+        question = TASKS[HIDDEN[number % len(HIDDEN)]].ask(rng, 0.5, lambda text: True)
+        facts, said = question.needles, int(rng.integers(SAID // 2, SAID + 1))
+        asked = f"{question.query} {', '.join(question.answers)}"
+        length = np.exp(rng.uniform(np.log(shortest), np.log(longest)))
+        room = (
+            length - len(tokenizer.encode(" ".join([question.before, asked]))) - len(tokenizer.encode(facts[0])) * said
+        )
+        sentences = [facts[int(rng.integers(len(facts)))] for _ in range(said)]
+        sentences += [noise[n % len(noise)] for n in range(int(max(0, room) / tokens))]
+        shuffled = [sentences[n] for n in rng.permutation(len(sentences))]
+        # Every one is said before it is asked.
+        lines.append(json.dumps({"text": " ".join([question.before, *facts, *shuffled, asked]).strip()}))
     return "\n".join(lines) + "\n"

@@ -21,7 +21,8 @@ FLOORS = {
 }
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def check_floors(session: pytest.Session, exitstatus: int) -> None:
+    """At the end of a session; of several processes in the one that reports."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or session.config.option.collectonly:
         return
