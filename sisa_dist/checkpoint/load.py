@@ -5,6 +5,7 @@ Files are checked against the manifest first, dealt out over the ranks, so that 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from data_pipeline.tokenizer import JSON, SENTENCEPIECE, Tokenizer
 from sisa_dist.checkpoint.differences import carry_data, check_data, check_model, check_tokenizer
 from sisa_dist.checkpoint.folder import find_checkpoint
 from sisa_dist.checkpoint.manifest import check_files, read_manifest
+from sisa_dist.checkpoint.staging import local_memory
 from sisa_dist.checkpoint.state import TrainState, read_state
 from sisa_dist.checkpoint.storage import SafeReader, holds_weights
 from sisa_dist.checkpoint.write import reason
@@ -27,6 +29,7 @@ from sisa_dist.model import LM, build_model
 from sisa_dist.parallel.mesh import Mesh
 
 _MODEL = "model."
+_log = logging.getLogger(__name__)
 
 
 def load_checkpoint(
@@ -74,13 +77,25 @@ def load_checkpoint(
     return state
 
 
-def load_weights(checkpoint: Path, engine: Engine, *, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    """The weights go into `engine`, whose moments stay as they are. Collective. Raises as load_checkpoint does."""
+def load_weights(
+    checkpoint: Path, engine: Engine, *, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, anew: bool = False
+) -> None:
+    """The weights go into `engine`, whose moments stay as they are. Collective. Raises as load_checkpoint does.
+
+    `anew`: to be trained from step 0. Gates of a learned d_s then begin their schedule, unless they are hard already.
+    """
     verify(checkpoint, mesh, weights_only=True)
     check_model(checkpoint, model)
     check_tokenizer(checkpoint, tokenizer)
     state = engine.state_tensors()
     read_tensors({name: tensor for name, tensor in state.items() if name.startswith(_MODEL)}, checkpoint)
+    if anew and model.learned_d_s is not None:
+        step, share = (local_memory(state[f"{_MODEL}gates.{name}"]) for name in ("step", "share"))
+        step.zero_()
+        if share.item() < model.learned_d_s.anneal_until:
+            share.zero_()
+        else:
+            _log.info("gates of d_s are hard already and stay so; tools/materialize_ds.py leaves out what is closed")
     engine.set_step(0)
 
 

@@ -11,11 +11,13 @@ from sisa_dist.config.section import Section
 
 LATTICE = 8  # of channels per head: kernels are made for multiples of it
 
+SCHEDULE_KEYS = ("steps", "anneal_from", "anneal_until")  # which only training reads
+
 
 class LearnedDsConfig(Section):
     """`max` channels per head in every layer that has d_s, in pairs with a gate each (model/gates.py).
 
-    Shares are of training.steps. Until `anneal_from` gates are random and the mean falls to the budget; until
+    Shares are of `steps`. Until `anneal_from` gates are random and the mean falls to the budget; until
     `anneal_until` they harden to 0 or 1; from there on they stand, and the model trains without the rest.
     """
 
@@ -23,6 +25,7 @@ class LearnedDsConfig(Section):
     max: PositiveInt
     budget: PositiveFloat | None = None  # mean d_s over the layers that have one, met in every step
     penalty: PositiveFloat | None = None  # instead of a budget: nats that all channels of all layers together cost
+    steps: PositiveInt | None = None  # that the shares are of; None: training.steps, or those of all stages
     anneal_from: float = Field(default=0.5, ge=0.0, le=1.0)
     anneal_until: float = Field(default=0.8, gt=0.0, le=1.0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sisa_dist.config.experts import TRAINING_KEYS
+from sisa_dist.config.learned import SCHEDULE_KEYS
 from sisa_dist.config.mixers import SECTION_DEFAULTS, SECTIONS
 from sisa_dist.config.model import ModelConfig, uses
 
@@ -22,8 +23,8 @@ def computed(model: ModelConfig) -> dict[str, Any]:
     for key in SECTIONS:
         if key in SECTION_DEFAULTS and uses(model, key):
             tree[key] = tree[key] or SECTION_DEFAULTS[key]().model_dump()
-    for section, keys in (("moe", TRAINING_KEYS), ("ssm", ("chunk",))):
-        if tree[section] is not None:
+    for section, keys in (("moe", TRAINING_KEYS), ("ssm", ("chunk",)), ("d_s", SCHEDULE_KEYS)):
+        if isinstance(tree[section], dict):
             tree[section] = {key: value for key, value in tree[section].items() if key not in keys}
     return tree
 

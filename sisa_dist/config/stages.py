@@ -103,11 +103,11 @@ def _resolve(tree: dict[str, Any]) -> Iterator[RunStage]:
         raise UserError("stages: a list of mappings, each with a name and steps")
     _check_run(run, entries)
     first: RunStage | None = None
-    begins = 0
+    begins, total = 0, sum(entry["steps"] for entry in entries if isinstance(entry.get("steps"), int))
     for number, entry in enumerate(entries, start=1):
         name = _name(entry, entries)
         try:
-            stage = _stage(run, entry, number=number, name=name, first_step=begins)
+            stage = _stage(run, entry, number=number, name=name, first_step=begins, total=total)
         except UserError as error:
             raise UserError(f"stage {name}: {str(error).removeprefix(': ')}") from None
         first = first or stage
@@ -148,7 +148,9 @@ def _name(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str
     return name
 
 
-def _stage(run: dict[str, Any], entry: dict[str, Any], *, number: int, name: str, first_step: int) -> RunStage:
+def _stage(
+    run: dict[str, Any], entry: dict[str, Any], *, number: int, name: str, first_step: int, total: int
+) -> RunStage:
     steps, moments, overlay = entry.get("steps"), entry.get("moments", "keep"), _overlay(entry)
     if type(steps) is not int or steps < 1:
         raise UserError(f"steps is {steps!r}: set how many steps it has, 1 or more")
@@ -170,6 +172,9 @@ def _stage(run: dict[str, Any], entry: dict[str, Any], *, number: int, name: str
     _lay(tree, "training", steps=end)
     if first_step and _section(tree, "schedule").get("first_step") is None:
         _lay(tree, "schedule", first_step=first_step)
+    learned = _section(tree, "model").get("d_s")
+    if isinstance(learned, dict):  # its schedule is one, of the whole run
+        _lay(tree, "model", d_s={"steps": total} | learned)
     profile = _section(tree, "training").get("profile")
     traced = profile.get("start") if isinstance(profile, dict) else None
     if isinstance(traced, int) and not first_step < traced <= end:

@@ -36,7 +36,7 @@ from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
-from sisa_dist.engine.optim import build_optimizer
+from sisa_dist.engine.optim import build_optimizer, set_rates
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.parallel.apply import apply_plan
@@ -92,6 +92,7 @@ class DeepSpeedEngine:
         self.check_every = config.engine.check_every
         self.step_number = 0
         self.adamw.register_step_pre_hook(self._judge)
+        self._waits: list[Callable[[], None]] = []
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -118,13 +119,14 @@ class DeepSpeedEngine:
             check_step(weights, gradients, self.slices, self.mesh, tied=tied, step=self.step_number)
         enter("loss")
         loss_mean = self.mesh.sum_over_reduced(loss_sum) / count
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+        set_rates(self.zero.optimizer, lr, gates_stand=self.gates.stand)
         enter("optimizer")
         self._judgement = _Judgement(loss_mean, stop)
         self._step()
         judged = self._judgement
         if judged.verdict is None:  # ZeRO met a gradient that is not finite and did not get as far as AdamW
+            for wait in self._waits:  # what follows writes buffers, which a save may be copying
+                wait()
             judged.norm = torch.full_like(loss_mean, float("inf"))
             judged.verdict = self.guard.judge(loss_mean, judged.norm, stop=stop)
         assert judged.norm is not None
@@ -160,6 +162,7 @@ class DeepSpeedEngine:
         return self.mesh.sum_over_dp(torch.tensor(values, dtype=torch.float64, device=self.mesh.device)).tolist()
 
     def before_update(self, call: Callable[[], None]) -> None:
+        self._waits.append(call)
         self.adamw.register_step_pre_hook(lambda *_: call())
 
     def layer_statistics(self) -> dict[str, list[float | None]]:

@@ -23,7 +23,7 @@ from sisa_dist.engine.experts import ExpertLoad, ExpertWatch
 from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import clip_gradients, global_norm
-from sisa_dist.engine.optim import build_optimizer
+from sisa_dist.engine.optim import build_optimizer, set_rates
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
@@ -92,8 +92,7 @@ class FSDP2Engine:
         verdict = self.guard.judge(loss_mean, grad_norm, stop=stop)
         skip_if(self.optimizer, verdict.skip)
         enter("optimizer")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
+        set_rates(self.optimizer, lr, gates_stand=self.gates.stand)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.experts.after_step(verdict.skip)

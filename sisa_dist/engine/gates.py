@@ -31,9 +31,12 @@ class GateWatch:
     """Of a model without gates it does nothing."""
 
     def __init__(self, model: LM, mesh: Mesh, *, seed: int, steps: int) -> None:
-        """`steps`: training.steps, of which the gates' schedule is shares."""
+        """`steps`: training.steps, of which the gates' schedule is shares unless the config says of how many it is."""
         self._gates, self._mesh, self._seed, self._steps = model.gates, mesh, seed, steps
+        if model.gates is not None:
+            self._steps = model.gates.settings.steps or steps
         self._step: int | None = None
+        self._reached = 0.0  # share, by what was loaded
 
     def loaded(self) -> None:
         """The buffers are others now."""
@@ -43,9 +46,21 @@ class GateWatch:
         if self._gates is None:
             return
         if self._step is None:
-            self._step = round(self._gates.step.item())
+            self._step, self._reached = round(self._gates.step.item()), self._gates.share.item()
         shape = torch.Size((len(self._gates.layers), self._gates.settings.max // 2))
         self._gates.noise_LP = noise(self._seed, self._step, shape).to(self._mesh.device, non_blocking=True)
+
+    @property
+    def stand(self) -> bool:
+        """Whether the step that runs has hard gates. They get no gradient, but momentum would still move them past one
+        another."""
+        if self._gates is None:
+            return False
+        assert self._step is not None
+        return max(self._reached, self._share(self._step)) >= self._gates.settings.anneal_until
+
+    def _share(self, step: int) -> float:
+        return min(1.0, step / self._steps)
 
     def after_step(self) -> None:
         """Behind the optimizer, which has waited for a save under way. A step that is skipped counts."""
@@ -57,7 +72,7 @@ class GateWatch:
         gates.noise_LP = None
         gates.step.fill_(self._step)
         # Never back: where a run goes on longer than was meant, what has hardened stays so.
-        gates.share.clamp_(min=self._step / self._steps)
+        gates.share.clamp_(min=self._share(self._step))
 
     def take(self) -> LearnedDs | None:
         """As the last step saw it; None without gates, or without a step. Waits for the device."""

@@ -17,6 +17,12 @@ def group_of(name: str, shape: Sequence[int]) -> str:
     return "lambda" if name.endswith("lambda_raw") else "vectors" if len(shape) < 2 else "matrices"
 
 
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, *, gates_stand: bool) -> None:
+    """Each group's own of the step's `lr`; 0 for gates that are hard (engine/gates.py)."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if gates_stand and group["gates"] else lr * group["lr_ratio"]
+
+
 def build_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
@@ -28,7 +34,7 @@ def build_optimizer(
     """Groups: matrices (decayed), vectors (gains and biases, not decayed), λ_raw (not decayed, lr × lambda_lr_ratio),
     gates of learned d_s (not decayed, lr × gate_lr_ratio).
 
-    Each group carries `lr_ratio`; the engine sets lr = lr(step) · lr_ratio.
+    Each group carries `lr_ratio`; the engine sets lr = lr(step) · lr_ratio (set_rates).
     Of the parameters named in `apart`, matrices that other ranks share than the rest, groups of their own are made.
     `shapes` are the global ones, where a parameter does not show its own (ZeRO-3). Moments exist from the start, as
     zeros, so that a checkpoint can be read into them before the first step; not where an engine makes them elsewhere.
@@ -45,7 +51,7 @@ def build_optimizer(
         "gates": {"weight_decay": 0.0, "lr_ratio": config.gate_lr_ratio},
     }
     optimizer = torch.optim.AdamW(
-        [{"params": groups[kind], **settings[kind]} for kind in groups if groups[kind]],
+        [{"params": groups[kind], "gates": kind == "gates", **settings[kind]} for kind in groups if groups[kind]],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,

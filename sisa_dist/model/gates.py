@@ -72,6 +72,7 @@ class Gates(nn.Module):
         log_alpha_LP = at_least_fp32(self.log_alpha)
         share = self.share[0].to(log_alpha_LP)  # offloaded buffers stay on the host
         settings = self.settings
+        hard = share >= settings.anneal_until  # not by hardness, which rounding may leave just below 1
         hardness = ((share - settings.anneal_from) / (settings.anneal_until - settings.anneal_from)).clamp(0, 1)
         k = (1 / (1 - hardness)).clamp(max=SHARPEST)
         if settings.budget is not None:
@@ -85,20 +86,21 @@ class Gates(nn.Module):
         if self.noise_LP is not None and torch.is_grad_enabled():
             logit_LP = (self.noise_LP.to(log_alpha_LP).logit(eps=1e-6) + sharp_LP) / BETA
         # Both are computed and one is taken: to ask a tensor which would wait for the device.
-        z_LP = torch.where(hardness < 1, _stretched(logit_LP), hard_LP)
+        z_LP = torch.where(hard, hard_LP, _stretched(logit_LP))
         with torch.no_grad():
-            evaluated_LP = torch.where(hardness < 1, _stretched(sharp_LP), hard_LP)
-        expected_L = 2 * torch.where(hardness < 1, _is_open(sharp_LP), hard_LP).sum(1)
+            evaluated_LP = torch.where(hard, hard_LP, _stretched(sharp_LP))
+        expected_L = 2 * torch.where(hard, hard_LP, _is_open(sharp_LP)).sum(1)
         if torch.is_grad_enabled():
             self.seen = GateState(2.0 * (evaluated_LP > 0).sum(1), expected_L.detach())
         cost = (settings.penalty or 0.0) / settings.max * expected_L.mean()
         return z_LP, cost * self.part
 
     def _hard(self, log_alpha_LP: Tensor) -> Tensor:
-        """0 or 1. Among equals the first are open: ranks must agree, and a stable sort promises it."""
+        """0 or 1, of whole pairs no more than the budget has. Among equals the first are open: ranks must agree, and a
+        stable sort promises it."""
         if self.settings.budget is None:
             return (log_alpha_LP > 0).to(log_alpha_LP.dtype)
-        count = int(self.settings.budget * len(self.layers) / 2)
+        count = int(round(self.settings.budget * len(self.layers) / 2, 6))
         chosen = log_alpha_LP.detach().flatten().sort(descending=True, stable=True).indices[:count]
         return torch.zeros_like(log_alpha_LP).flatten().index_fill(0, chosen, 1.0).view_as(log_alpha_LP)
 

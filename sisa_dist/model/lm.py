@@ -104,6 +104,7 @@ class LM(nn.Module):
                 h_BTD, *routing = h_BTD
                 routings.append(tuple(routing))
         if last_only:
+            assert type(own) is Placement, "the window's last position is on one rank of those that cut it"
             h_BTD = h_BTD[:, -1:]
         weight_VD = self.embed.weight if config.tie_embeddings else None
         found = self.head(scaled(self.norm(h_BTD), by.head), weight_VD, labels_BT, per_token=per_token)

@@ -141,10 +141,11 @@ class _Carried(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         y = []
-        for start in range(0, reach_BTD.shape[1], chunk):
-            reach, C, outside = _cut(start, chunk, reach_BTD, C_BTN, outside_BT)
-            h_BLDN = _decays(reach, A_DN, outside).mul_(before_BDN[:, None])
-            y.append((h_BLDN @ C[..., None])[..., 0])
+        with no_autocast(reach_BTD.device):
+            for start in range(0, reach_BTD.shape[1], chunk):
+                reach, C, outside = _cut(start, chunk, reach_BTD, C_BTN, outside_BT)
+                h_BLDN = _decays(reach, A_DN, outside).mul_(before_BDN[:, None])
+                y.append((h_BLDN @ C[..., None])[..., 0])
         ctx.save_for_backward(reach_BTD, A_DN, C_BTN, before_BDN, outside_BT)
         ctx.chunk = chunk
         return torch.cat(y, dim=1)
@@ -154,15 +155,16 @@ class _Carried(torch.autograd.Function):
     def backward(ctx: Any, dy_BTD: Tensor) -> tuple[Tensor | None, ...]:
         reach_BTD, A_DN, C_BTN, before_BDN, outside_BT = ctx.saved_tensors
         dA_DN, dbefore_BDN, parts = torch.zeros_like(A_DN), torch.zeros_like(before_BDN), []
-        for start in range(0, reach_BTD.shape[1], ctx.chunk):
-            reach, C, dy, outside = _cut(start, ctx.chunk, reach_BTD, C_BTN, dy_BTD, outside_BT)
-            G_BLDN = _decays(reach, A_DN, outside)
-            dC = (dy[:, :, None] @ (G_BLDN * before_BDN[:, None]))[:, :, 0]
-            G_BLDN.mul_(dy[..., None]).mul_(C[:, :, None])
-            dbefore_BDN += G_BLDN.sum(1)
-            d_exponent = G_BLDN.mul_(before_BDN[:, None])
-            dA_DN += torch.einsum("bld,bldn->dn", reach, d_exponent)
-            parts.append(((d_exponent * A_DN).sum(-1), dC))
+        with no_autocast(reach_BTD.device):
+            for start in range(0, reach_BTD.shape[1], ctx.chunk):
+                reach, C, dy, outside = _cut(start, ctx.chunk, reach_BTD, C_BTN, dy_BTD, outside_BT)
+                G_BLDN = _decays(reach, A_DN, outside)
+                dC = (dy[:, :, None] @ (G_BLDN * before_BDN[:, None]))[:, :, 0]
+                G_BLDN.mul_(dy[..., None]).mul_(C[:, :, None])
+                dbefore_BDN += G_BLDN.sum(1)
+                d_exponent = G_BLDN.mul_(before_BDN[:, None])
+                dA_DN += torch.einsum("bld,bldn->dn", reach, d_exponent)
+                parts.append(((d_exponent * A_DN).sum(-1), dC))
         dreach, dC = (torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True))
         return dreach, dA_DN, dC, dbefore_BDN, None, None
 

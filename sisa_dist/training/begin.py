@@ -103,6 +103,6 @@ def _load(
         return state
     if config.start.weights is not None:
         source = find_checkpoint(config.start.weights)
-        load_weights(source, engine, model=config.model, tokenizer=tokenizer, mesh=mesh)
+        load_weights(source, engine, model=config.model, tokenizer=tokenizer, mesh=mesh, anew=True)
         _log.info("begins at step 0 with the weights of %s", source)
     return TrainState(0, 0, 0, 0.0, loader.fingerprint)

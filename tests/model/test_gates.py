@@ -113,6 +113,23 @@ def test_evaluation_has_no_noise_and_hardens_with_training() -> None:
     assert mean[4:] == [6.0, 6.0], "exactly the budget"
 
 
+@pytest.mark.parametrize("until", [0.8, 0.9, 1.0])
+def test_gates_are_hard_at_the_end_wherever_it_begins(until: float) -> None:
+    for begins in range(5, round(100 * until), 7):
+        found = gates(until, anneal_from=begins / 100, anneal_until=until)
+        z_LP = found.values()
+        assert z_LP.sum() == 6 and ((z_LP == 0) | (z_LP == 1)).all(), begins
+
+
+def test_a_budget_loses_no_pair_to_rounding() -> None:
+    settings = config(budget=9.2).model_dump() | {"n_layers": 25}
+    found = Gates(ModelConfig(**settings)).double()
+    with torch.no_grad():
+        found.log_alpha.normal_()
+        found.share.fill_(1.0)
+    assert found.values().sum() == 115  # 9.2 · 25 / 2, in doubles a little less
+
+
 def test_hard_gates_are_the_largest_and_have_no_gradient() -> None:
     found = gates(0.8)
     z_LP, cost = found()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from distributed.pool import run_job
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.checkpoint import list_checkpoints, load_model
-from sisa_dist.config import RunConfig, load_config, parse_config
+from sisa_dist.config import RunConfig, load_config, load_run, parse_config
 from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.training.metrics_file import read_metrics
 from sisa_dist.training.trainer import train
@@ -67,6 +68,47 @@ def test_a_longer_run_leaves_hard_gates_hard(tiny: RunConfig, tmp_path: Path, st
     train(longer.model_copy(update={"training": training}), accept_changes=True, quiet=True)
     assert tensors(list_checkpoints(tmp_path / "longer")[-1])["model.gates.share"] == 1
     assert read_metrics(tmp_path / "longer")["d_s"][0]["share"] == 1.0
+
+
+def test_weights_of_a_run_begin_with_gates_anew_unless_they_are_hard(
+    tiny: RunConfig, tmp_path: Path, straight: Path
+) -> None:
+    half, whole = list_checkpoints(straight)[0], list_checkpoints(straight)[-1]
+    for source, share in ((half, [1 / 6, 0.5, 5 / 6]), (whole, [1.0, 1.0, 1.0])):
+        new = tmp_path / source.name
+        train(learning(tiny, new, start={"weights": str(source)}, logging={"every": 1}), quiet=True)
+        found = read_metrics(new)["d_s"]
+        assert [record["share"] for record in found[::2]] == pytest.approx(share)
+    before, after = (tensors(list_checkpoints(run)[-1])["model.gates.log_alpha"] for run in (straight, new))
+    assert torch.equal(before, after), "hard gates stand"
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_hard_gates_stand_although_momentum_goes_on(tiny: RunConfig, tmp_path: Path, world_size: int) -> None:
+    """The last step is hard, and the steps before it were not."""
+    engine = {"engine": {"kind": "deepspeed", "zero_stage": 3}} if world_size > 1 else {}
+    config = learning(tiny, tmp_path / "run", **engine)
+    training = {"steps": 10, "checkpoint_every": 1, "keep_last": 3}
+    config = config.model_copy(update={"training": config.training.model_copy(update=training)})
+    run_job(world_size, _train_on, config)
+    seen = [tensors(path)["model.gates.log_alpha"] for path in list_checkpoints(tmp_path / "run")]
+    moments = tensors(list_checkpoints(tmp_path / "run")[-1])["exp_avg.gates.log_alpha"]
+    assert (
+        len(seen) == 3 and moments.abs().max() > 0 and torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+    )
+
+
+def test_stages_have_one_schedule_of_gates(tiny: RunConfig, tmp_path: Path) -> None:
+    tree = learning(tiny, tmp_path / "run").model_dump(exclude_unset=True)
+    del tree["training"]["steps"]
+    tree["stages"] = [{"name": "a", "steps": 2}, {"name": "b", "steps": 4, "optimizer": {"lr": 1e-3}}]
+    path = tmp_path / "stages.yaml"
+    path.write_text(json.dumps(tree))
+    run = load_run(path)
+    assert [stage.config.model.learned_d_s.steps for stage in run.stages] == [6, 6]  # type: ignore[union-attr]
+    train(run, quiet=True)
+    assert read_metrics(tmp_path / "run")["d_s"][0]["share"] == pytest.approx(1 / 3)
+    assert tensors(list_checkpoints(tmp_path / "run")[-1])["model.gates.share"] == 1
 
 
 def test_a_run_made_fixed_goes_on_as_a_new_one(tiny: RunConfig, tmp_path: Path, straight: Path) -> None:
