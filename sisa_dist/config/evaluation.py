@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from sisa_dist.config.section import Section
 
-TaskName = Literal["niah", "passkey", "multikey", "multiquery", "variable_tracking"]
+TaskName = Literal["niah", "pairs", "passkey", "multikey", "multiquery", "variable_tracking"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -26,7 +26,7 @@ class RetrievalConfig(Section):
 
     every: PositiveInt | None = None  # steps, and after the last; None: in `sisa eval` alone
     tasks: list[TaskName] = Field(
-        default=["niah", "passkey", "multikey", "multiquery", "variable_tracking"], min_length=1
+        default=["niah", "pairs", "passkey", "multikey", "multiquery", "variable_tracking"], min_length=1
     )
     lengths: list[PositiveInt] = Field(min_length=1)  # tokens that the model reads
     depths: list[Fraction] = Field(default=[0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)  # 0: the text's beginning

@@ -1,6 +1,8 @@
 """What is hidden in a long text and asked at its end, drawn from a generator alone.
 
     niah               one of the SISA paper's five sentences (niah.py), continued as there but to the whole value
+    pairs              eight pairs of letters, the second of one is asked: a token after a token, which models of a
+                       million parameters learn to look up (Olsson et al. 2022, arXiv 2209.11895)
     passkey            Mohtashami & Jaggi 2023 (arXiv 2305.16300)
     multikey           four numbers under four names, one is asked           after RULER, Hsieh et al. 2024
     multiquery         four numbers, all are asked                           (arXiv 2404.06654), in words of our own;
@@ -21,6 +23,7 @@ from sisa_dist.evaluation.niah import FILLER, NEEDLES
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 KEYS = 4  # of multikey and multiquery
+PAIRS = 8  # of pairs
 CHAINS, HOPS = 2, 4  # of variable_tracking: HOPS + 1 names in each chain
 _NOUNS = (
     "anchor apple arrow basket bell bottle bridge button candle carpet castle chair clock cloud coin "
@@ -64,6 +67,19 @@ def _niah(rng: np.random.Generator, depth: float, absent: Absent) -> Question:
         raise UserError("evaluation.retrieval.filler: it holds every needle of niah: leave niah out, or use other text")
     key, value = usable[int(rng.integers(len(usable)))]
     return Question("", (f"{key} {value}.",), (depth,), key, (value,))
+
+
+def _pairs(rng: np.random.Generator, depth: float, absent: Absent) -> Question:
+    letters = _LETTERS.lower()
+    usable = [letter for letter in letters if absent(f" {letter} ")]
+    if len(usable) < PAIRS:
+        raise UserError(
+            "evaluation.retrieval.filler: nearly every letter is a word of it: leave pairs out, or use other text"
+        )
+    first = rng.permutation(usable)[:PAIRS].tolist()
+    second = rng.choice(list(letters), PAIRS).tolist()
+    needles = tuple(f"{a} {b}." for a, b in zip(first, second, strict=True))
+    return Question("", needles, (depth, *rng.random(PAIRS - 1).tolist()), first[0], (second[0],))
 
 
 def _passkey(rng: np.random.Generator, depth: float, absent: Absent) -> Question:
@@ -136,6 +152,7 @@ def _distinct(rng: np.random.Generator, count: int, absent: Absent, draw: Callab
 
 TASKS = {
     "niah": Task(_niah, True, 1 / len(NEEDLES), FILLER),
+    "pairs": Task(_pairs, True, 1 / 26),
     "passkey": Task(_passkey, True, 1 / 90_000),
     "multikey": Task(_multikey, True, 1 / 90_000),
     "multiquery": Task(_multiquery, False, 1 / 90_000),

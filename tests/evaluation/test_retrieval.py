@@ -49,6 +49,7 @@ def split(text: str) -> tuple[str, str, str]:
         "multiquery": r"What are the magic numbers of (.+), in this order\? They are([ ,\d]*)$",
         "variable_tracking": r"Which variables have the value (\d+), in the order .* set\? They are([ ,A-Z]*)$",
         "niah": f"({'|'.join(key for key, _ in NEEDLES)})( ?[A-Z]*)$",
+        "pairs": r" ([a-z])( ?)$",
     }.items():
         if found := re.search(pattern, text):
             return task, found[1], found[2]
@@ -66,6 +67,8 @@ def read(text: str) -> list[str]:
 
     if task == "niah":
         return [only(re.findall(f"{asked} ([A-Z]+)\\.", body))]
+    if task == "pairs":
+        return [only(re.findall(f"(?:^| ){asked} ([a-z])\\.", body))]
     if task == "passkey":
         return [only(NUMBER.findall(body))]
     if task == "multikey":
@@ -122,7 +125,7 @@ def test_guesses_score_chance() -> None:
         """Of the right form, without reading; a hash of what is asked and of the text's beginning is the die."""
         task, _, said = split(text)
         die = hashed([ord(c) for c in text[: len(text) - len(said)]])[1][5]
-        return [NEEDLES[int(-8 * die) % 5][1]] if task == "niah" else ["12345"] * len(read(text))
+        return {"niah": [NEEDLES[int(-8 * die) % 5][1]], "pairs": ["e"]}.get(task, ["12345"] * len(read(text)))
 
     found = made(items=40, lengths=[800], depths=[0.5]).score(FakeScorer(says(guess)), batch_tokens=800)
     for task in found["tasks"].values():
