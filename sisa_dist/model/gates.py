@@ -6,10 +6,11 @@ arXiv 1712.01312), under a budget that is met in every step (ours).
     P(z ≠ 0) = σ(k (log α − τ) − β log(−γ / ζ))              m = mean over layers of 2 Σ P(z ≠ 0)
 
 A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. With a budget
-τ is such that m is the target, which falls from max to the budget until `anneal_from`. So gates compete: τ depends on
-every log α, and a gate's gradient is what it is worth less the mean worth of those it would displace. Of a Lagrange
-multiplier instead (Wang et al. 2020, arXiv 1910.04732) it was seen that m stood at 30 of 24 when gates hardened, and
-the rest was cut at once. With `penalty` τ is 0 and penalty · m / max nats are added to the loss.
+τ is such that m is the target, which falls from that of a new model to the budget until `anneal_from`. So gates
+compete: τ depends on every log α, and a gate's gradient is what it is worth less the mean worth of those it would
+displace. Of a Lagrange multiplier instead (Wang et al. 2020, arXiv 1910.04732) it was seen that m stood at 30 of 24
+when gates hardened, and the rest was cut at once. With `penalty` τ is 0 and penalty · m / max nats are added to the
+loss.
 Hardness rises from 0 to 1 between `anneal_from` and `anneal_until`. It stands for the temperature: it sharpens the gate
 itself, so that the one that evaluation uses hardens too. At 1 the gates are those of the largest log α, as many as the
 budget has, or with a penalty those of log α > 0.
@@ -77,7 +78,8 @@ class Gates(nn.Module):
         k = (1 / (1 - hardness)).clamp(max=SHARPEST)
         if settings.budget is not None:
             fallen = (share / max(settings.anneal_from, 1e-9)).clamp(max=1)
-            target = settings.max + (settings.budget - settings.max) * fallen
+            begins = settings.max / (1 + math.exp(BETA * math.log(-GAMMA / ZETA) - START))  # m of a new model, at τ = 0
+            target = begins + (settings.budget - begins) * fallen
             sharp_LP = k * (log_alpha_LP - _threshold(log_alpha_LP, k, target * (len(self.layers) / 2)))
         else:
             sharp_LP = k * log_alpha_LP

@@ -82,6 +82,7 @@ STYLES: dict[str, dict[str, Any]] = {  # blocks of other families, each with eve
         },
     },
     "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16}},
+    "priced": {"d_s": {"learned": True, "max": 8, "penalty": 5.0}},  # of learned_d_s
 }
 
 
@@ -126,7 +127,7 @@ class Case:
         model |= dict(d_s=d_s, n_kv_heads=self.n_kv_heads, qk_norm=self.qk_norm, tie_embeddings=self.tied)
         return parse_config(
             {
-                "model": model | {"init_std": 0.1} | STYLES[self.style] | (rival or {}),
+                "model": model | {"init_std": 0.1} | (rival or {}) | STYLES[self.style],
                 "attention": {"leaf": 8},  # several levels of the bisection within 40 tokens
                 "parallel": LAYOUTS[self.layout][1],
                 "engine": {"precision": self.precision, "activation_checkpointing": self.checkpointing}

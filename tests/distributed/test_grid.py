@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -149,7 +150,7 @@ MISTAKES: dict[str, tuple[Case, str]] = {
     "router's losses counted by every rank": (MIXED, "gradient blocks.0.mlp.router.weight"),
     "tp_dim dropped from experts": (MIXED, "norm 0"),
     "partial marked full: gates": (GATES, "gradient gates.log_alpha"),
-    "gates' cost counted by every rank": (GATES, "gradient gates.log_alpha"),
+    "gates' cost counted by every rank": (replace(GATES, style="priced"), "gradient gates.log_alpha"),
     "gates' noise of each rank its own": (
         Case("dp2", "learned_d_s", 4, "uniform", "fp32"),
         "gradient gates.log_alpha",

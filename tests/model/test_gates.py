@@ -13,7 +13,7 @@ from mixer_cases import BASE, CASES
 from sisa_dist.config import AttentionConfig, ModelConfig, UserError, parse_config
 from sisa_dist.engine.gates import noise
 from sisa_dist.model import LM, build_model
-from sisa_dist.model.gates import BETA, GAMMA, ZETA, Gates
+from sisa_dist.model.gates import BETA, GAMMA, START, ZETA, Gates
 
 
 def config(**d_s: Any) -> ModelConfig:
@@ -84,12 +84,13 @@ def test_gradients_are_those_of_differences(share: float, d_s: dict[str, Any]) -
         assert gradient.sum().abs() < 1e-6 * gradient.abs().max()
 
 
-@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.7, 0.799])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 0.5, 0.7, 0.799])
 def test_the_budget_is_met_in_every_step(share: float) -> None:
     found = gates(share)
     found()
     assert found.seen is not None
-    target = 16 + (6 - 16) * min(1.0, share / 0.5)
+    begins = 16 / (1 + math.exp(BETA * math.log(-GAMMA / ZETA) - START))
+    target = begins + (6 - begins) * min(1.0, share / 0.5)
     assert found.seen.expected_L.mean().item() == pytest.approx(target, abs=1e-6)
     with torch.no_grad():
         found.log_alpha += 3  # of all alike: no gate is another for it
