@@ -109,6 +109,8 @@ def model_of(
     model = build_model(config_of(name, **changes), attention=AttentionConfig(path=path, leaf=LEAF), seed=1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
+        if model.gates is not None:
+            model.gates.share.fill_(0.3)  # before, and without noise, all are open and have no gradient
         for parameter_name, parameter in model.named_parameters():
             # Gains, biases, scalars and what starts at 0 are all alike in a new model, which hides mistakes.
             if parameter.ndim < 2 or not parameter.any():

@@ -27,6 +27,7 @@ from sisa_dist.parallel.mesh import init_mesh
 
 STEPS = 5
 LR = 2e-3
+ANNEALED = 0.8  # anneal_until of gates
 WINDOWS, TOKENS = 4, 40
 VOCAB = 61  # padded to 64: the last rank's slice has padding in it
 
@@ -257,7 +258,8 @@ def run_plain(case: Case) -> Outcome:
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
-            group["lr"] = LR * group["lr_ratio"]
+            stand = group["gates"] and model.gates is not None and model.gates.share.item() >= ANNEALED
+            group["lr"] = 0.0 if stand else LR * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
         _move_biases(model)
