@@ -210,13 +210,13 @@ meet() {
 # code that asks for a requeue. For that code's sake, too, the first task to end does not kill the others at once.
 train_srun() {
     local tasks=${NPROC:-${SLURM_TASKS_PER_NODE%%[!0-9]*}} options=(--kill-on-bad-exit=0 --wait=60)
-    [ "${SLURM_GPUS_ON_NODE:-0}" -le "$tasks" ] ||
+    [ "${wanted:-all}" != all ] || [ "${SLURM_GPUS_ON_NODE:-0}" -le "$tasks" ] || # a stage may want fewer
         refuse "$SLURM_GPUS_ON_NODE GPUs but $tasks task(s) a node: ask SLURM for --ntasks-per-node=$SLURM_GPUS_ON_NODE"
     [ -z "${NPROC:-}" ] || options+=(--ntasks="$((NPROC * SLURM_JOB_NUM_NODES))" --ntasks-per-node="$NPROC")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
     prepare "$@"
     meet
-    become srun "${options[@]}" ./launch.sh train "$@"
+    become srun "${options[@]}" ./launch.sh rank "$@"
 }
 
 # A run of stages, of which the first to train wants $1 processes, or `all`. Where the next wants others, training leaves
@@ -224,8 +224,9 @@ train_srun() {
 train_stages() {
     local wanted=$1 given=${NPROC:-} num_hosts=${NNODES:-${SLURM_JOB_NUM_NODES:-1}} run code=76 asked='' signalled
     shift
-    trap 'asked=yes signalled=yes; kill -USR1 "$run"' USR1
-    trap 'asked=yes signalled=yes; kill -TERM "$run"' TERM INT # a command beside us ignores INT
+    run=''
+    trap 'asked=yes signalled=yes; kill -USR1 $run 2>/dev/null || :' USR1 # between two stages there is none to tell
+    trap 'asked=yes signalled=yes; kill -TERM $run 2>/dev/null || :' TERM INT # a command beside us ignores INT
     while [ "$code" = 76 ]; do
         [ -z "$asked" ] || exit 75 # saved, and not to go on now
         NPROC=$given
@@ -302,10 +303,14 @@ prepare | data | eval | lm-eval | generate | stages | estimate | doctor)
     setup
     run "$venv/bin/sisa" "$command" "$@"
     ;;
-train | node)
+train | node | rank)
     [ $# -gt 0 ] || { usage >&2; exit 2; }
     setup
-    if [ "$command" = node ]; then train_node "$@"; else train "$@"; fi
+    case $command in
+    node) train_node "$@" ;;
+    rank) train_rank "$@" ;; # of our own srun, be it the only one
+    *) train "$@" ;;
+    esac
     ;;
 setup) setup ;;
 -h | --help | help) usage ;;

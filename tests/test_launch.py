@@ -17,7 +17,9 @@ echo "$(basename "$0") $*" >>"$LOG"
 case "$*" in
 "-m venv"*) mkdir -p "${!#}/bin"; for tool in python sisa torchrun deepspeed; do cp "$0" "${!#}/bin/$tool"; done ;;
 *device_count*) echo "${GPUS:-0}" ;;
-"stages --processes "*) head -n 1 "$LOG.stages" 2>/dev/null ;;
+"stages --processes "*)
+    eval "${ASKED:-}"
+    head -n 1 "$LOG.stages" 2>/dev/null ;;
 *" train "* | "train "*)
     if [ -s "$LOG.stages" ]; then # the stage is done; another comes
         eval "${DURING:-}"
@@ -173,6 +175,15 @@ def test_a_signal_during_stages_reaches_what_trains_and_no_other_begins(clone: P
     assert found.count("sisa train c.yaml") == 1
 
 
+@pytest.mark.parametrize("signal", ["TERM", "USR1"])
+def test_a_signal_between_two_stages_begins_no_other(clone: Path, signal: str) -> None:
+    launch(clone, "setup")
+    stages(clone, "all", "all")
+    shell = '$(pgrep -o -f "${LOG%/*}/launch.sh train")'
+    asked = f'[ "$(wc -l <"$LOG.stages")" != 1 ] || kill -{signal} {shell}'
+    assert launch(clone, "train", "c.yaml", ASKED=asked, code=75).count("sisa train c.yaml") == 1
+
+
 def test_another_exit_code_ends_the_stages(clone: Path) -> None:
     launch(clone, "setup")
     stages(clone, "all", "all")
@@ -251,7 +262,7 @@ def test_an_allocation_of_slurm_trains_a_rank_a_task(clone: Path) -> None:
     found = launch(clone, *train, names=names, **SLURM, SLURM_CPUS_PER_TASK="7")
     started, *ranks = after_preparing(found, "sisa prepare c.yaml --set a=b c")
     options = "--kill-on-bad-exit=0 --wait=60"
-    assert started == f"srun {options} --cpus-per-task=7 ./launch.sh train c.yaml --set a=b c"
+    assert started == f"srun {options} --cpus-per-task=7 ./launch.sh rank c.yaml --set a=b c"
     for rank in range(4):
         assert ranks[7 * rank : 7 * rank + 7] == [
             "sisa train c.yaml --set a=b c",
@@ -270,8 +281,16 @@ def test_an_allocation_of_slurm_trains_a_rank_a_task(clone: Path) -> None:
     found = launch(clone, *train, names="LOCAL_RANK", **SLURM, GPUS="1", CUDA_VISIBLE_DEVICES="3")
     assert found.count("LOCAL_RANK=0") == 4
     found = launch(clone, *train, **SLURM, NPROC="3")
-    assert f"srun {options} --ntasks=6 --ntasks-per-node=3 ./launch.sh train c.yaml --set a=b c" in found
+    assert f"srun {options} --ntasks=6 --ntasks-per-node=3 ./launch.sh rank c.yaml --set a=b c" in found
     launch(clone, *train, **SLURM, SLURM_GPUS_ON_NODE="8", code=2, says="--ntasks-per-node=8")
+    stages(clone, "2")  # of a run of stages, one on fewer processes than there are GPUs
+    assert any("--ntasks-per-node=1" in line for line in launch(clone, *train, **SLURM, SLURM_GPUS_ON_NODE="8"))
+    stages(clone, "1", "4")  # a task of ours begins no stage of its own, were it the only one
+    alone = SLURM | {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+    alone |= {"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    found = launch(clone, "rank", *train[1:], names="RANK|WORLD_SIZE", **alone, code=76)
+    assert [line for line in found if not line.startswith("python")] == ["sisa train c.yaml --set a=b c"]
+    (clone / "log.stages").unlink()
     assert launch(clone, *train, **SLURM, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1")[-1].startswith("sisa train")
 
 

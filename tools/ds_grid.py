@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # launch.sh goes to its own folder, and so do the paths that it is given.
     out = arguments.out if Path.cwd() == ROOT else arguments.out.absolute()
     try:
+        for key in ("name", "output_dir"):
+            if any(override.partition("=")[0] == key for override in arguments.overrides):
+                raise UserError(f"--set {key} has no effect, each point has its own: remove it; --out names the folder")
         scales = list(dict.fromkeys(arguments.scale or POINTS))
         points = [
             point(scale, d_s, arguments.overrides, out)
@@ -83,6 +86,8 @@ def point(scale: str, d_s: int, overrides: Sequence[str], out: Path) -> Point:
     base = load_config(ROOT / "configs" / "paper" / f"{scale}_transformer.yaml", overrides)
     name, target = f"{scale}_ds{d_s}", parameters(base)
     low, high = (parameters(_laid_over(base, name, d_s, d_ff, out)) for d_ff in (8, 16))
+    if high == low:
+        raise UserError(f"{base.name}: no layer of it has an MLP, whose width makes all points equal: leave model.mlp")
     d_ff = 8 + round((target - low) * 8 / (high - low))  # linear in d_ff
     if d_ff < 1:
         raise UserError(f"d_s {d_s} at {scale}: its term alone outweighs the MLP: give less by --d-s")

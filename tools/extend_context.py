@@ -31,7 +31,7 @@ from extend_page import write_page
 from extend_text import write_text
 
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import Run, UserError, load_run
+from sisa_dist.config import Run, UserError, load_run, replace_file
 from sisa_dist.config.load import merge, read_tree
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +142,9 @@ def _run(arguments: argparse.Namespace) -> None:
     extensions = [
         _extension(system, arguments.overrides, arguments.out) for system in choose(arguments.systems, everything=False)
     ]
+    for one in extensions:
+        for method in (None, *arguments.methods):
+            _write(one, method)
     write_text(load_run(CONFIG, arguments.overrides), arguments.out / "data", arguments.text)
     with ThreadPoolExecutor(max(1, arguments.jobs)) as pool:
         _all(pool.map(_train, [(one, None) for one in extensions]))
@@ -176,13 +179,22 @@ def _extension(system: str, overrides: Sequence[str], out: Path) -> Extension:
     return Extension(system, out, tree | {"model": said, "name": f"extend-{system}"})
 
 
-def _train(job: tuple[Extension, str | None]) -> str | None:
-    one, method = job
+def _write(one: Extension, method: str | None) -> None:
+    """The config, which must be one. Raises UserError where it is not, or its run was begun with another."""
     tree = one.config(method)
     folder = Path(tree["output_dir"])
-    path = folder.with_suffix(".yaml")
+    path, text = folder.with_suffix(".yaml"), yaml.safe_dump(tree, sort_keys=False)
+    if list_checkpoints(folder) and path.exists() and path.read_text(encoding="utf-8") != text:
+        raise UserError(f"{path}: its run was begun with other settings: give them again, or another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    replace_file(path, text)
+    load_run(path)
+
+
+def _train(job: tuple[Extension, str | None]) -> str | None:
+    one, method = job
+    folder = one.base if method is None else one.folder / method
+    path = folder.with_suffix(".yaml")
     if not _finished(folder, load_run(path)):
         failed = _sisa(folder.with_suffix(".log"), "train", str(path))
         if failed:

@@ -10,12 +10,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sisa_dist.config import replace_file
+
 WHEN = {"before": "read as it stands", "after": "trained on"}
 
 
 def write_page(found: Mapping[str, Mapping[str, Mapping[str, Any]]], out: Path, *, trained: int) -> str:
     """`found[system][method][before or after]`: results of `sisa eval`. Returns the table."""
-    (out / "extension.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    replace_file(out / "extension.json", json.dumps(found, indent=1))
     _draw(found, out / "extension.png", trained=trained)
     return "\n".join(_table(found, trained=trained))
 

@@ -33,6 +33,8 @@ def command(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would stay; write nothing.")] = False,
 ) -> None:
+    if dry_run and destination is not None:
+        raise UserError("--dry-run makes no folder: leave DST out, or --dry-run")
     planned = plan(source, to="native", materialise="to_mlp" if to_mlp else "cut")
     old, new = planned.before.model, planned.intended.model
     for layer, kept in kept_pairs(old, planned.before.source).items():

@@ -118,11 +118,18 @@ def _set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     here: Any = tree
     for parent in parents:
-        here = _entry(here, parent, dotted) if isinstance(here, list) else here.setdefault(parent, {})
+        if isinstance(here, list):
+            here = _entry(here, parent, dotted)
+        else:
+            if here.get(parent) is None:  # a section that was left out
+                here[parent] = {}
+            here = here[parent]
         if not isinstance(here, dict | list):
             raise UserError(f"--set {dotted}: {parent} is a value, it has no keys below it")
     if isinstance(here, list):
-        raise UserError(f"--set {dotted}: name a key of {leaf}, for example {dotted}.training.seq_len")
+        raise UserError(
+            f"--set {dotted}: {parents[-1]} is a list: set the whole of it, or a key of an entry by its name"
+        )
     here[leaf] = value
 
 

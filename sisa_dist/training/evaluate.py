@@ -83,6 +83,8 @@ def evaluate_checkpoint(
             "perplexity" if config.data.mixture is None else f"perplexity of {name}": why
             for name, why in without.items()
         }
+    if asked.positions is not None and not held_out:
+        results["skipped"]["positions"] = "; ".join(without.values())
     if mesh.is_main:
         write_results(path, results)
     return results, path

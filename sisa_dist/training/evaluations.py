@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sisa_dist.checkpoint import TrainState
-from sisa_dist.config import RunConfig
+from sisa_dist.config import RunConfig, replace_file
 from sisa_dist.engine import Engine
 from sisa_dist.evaluation.heat_map import draw_positions, draw_retrieval
 from sisa_dist.evaluation.perplexity import perplexity
@@ -20,6 +20,14 @@ from sisa_dist.training.run_data import RunData, held_out_batches
 from sisa_dist.training.signals import StopRequest
 
 PICTURES = "by_length"  # the folder in the run's
+CAUGHT_UP = "caught_up"  # the file there: the step whose evaluation a stop had cut short and a later launch did
+
+
+def evaluation_due(run_folder: Path, state: TrainState) -> bool:
+    """Whether the evaluation behind the checkpoint of `state` is still to be done. The checkpoint itself never changes,
+    so that it has been done since stands in a file beside."""
+    done = run_folder / CAUGHT_UP
+    return state.evaluation_due and not (done.exists() and done.read_text(encoding="utf-8") == str(state.step))
 
 
 class Evaluations:
@@ -37,7 +45,7 @@ class Evaluations:
     ) -> None:
         """Raises UserError where a retrieval's filler or lengths cannot serve."""
         self._config, self._held_out, self._engine, self._reporter = config, data.validation, engine, reporter
-        self._pictures = run_folder / PICTURES
+        self._pictures, self._caught_up = run_folder / PICTURES, run_folder / CAUGHT_UP
         self._scorer = _UntilAsked(engine, mesh, stop)
         asked = config.evaluation
         self._every: dict[str, int | None] = {}  # None: after the last step alone
@@ -64,6 +72,15 @@ class Evaluations:
         except _AskedToStop:
             return False
         return True
+
+    def catch_up(self, state: TrainState) -> bool:
+        """Does what a stop had cut short at this checkpoint, unless it was done since. Collective; as `run`."""
+        if not evaluation_due(self._caught_up.parent, state):
+            return True
+        done = self.run(state)
+        if done and self._reporter:
+            replace_file(self._caught_up, str(state.step))
+        return done
 
     def _perplexity(self, state: TrainState) -> None:
         layers = self._engine.layer_statistics()  # of the step before, so now: a resume cannot know them any more

@@ -9,7 +9,9 @@ from typing import Any
 from sisa_dist.checkpoint import find_checkpoint, list_checkpoints, read_state
 from sisa_dist.checkpoint.folder import step_of
 from sisa_dist.config import Run, RunStage, UserError
+from sisa_dist.evaluation.retrieval import Retrieval
 from sisa_dist.parallel.plan import check_tp
+from sisa_dist.training.evaluations import evaluation_due
 from sisa_dist.training.run_data import open_data, open_loader
 
 
@@ -32,7 +34,7 @@ def stage_to_train(run: Run, run_folder: Path) -> RunStage:
     stage = run.stage_of(step)
     if own and stage.number > 1 and step == stage.first_step:
         try:
-            due = read_state(newest).evaluation_due
+            due = evaluation_due(run_folder, read_state(newest))
         except UserError:
             due = False  # damaged, which loading it will say
         if due:  # with the settings of the stage it ends
@@ -40,8 +42,11 @@ def stage_to_train(run: Run, run_folder: Path) -> RunStage:
     return stage
 
 
-def check_stages(run: Run, *, first: RunStage) -> None:
-    """Raises UserError where a stage behind `first` could not begin: better now than when it is reached."""
+def check_stages(run: Run, *, first: RunStage, dp_size: int) -> None:
+    """Raises UserError where a stage behind `first` could not begin: better now than when it is reached.
+
+    dp_size: of this launch, which trains the stages that are like `first`.
+    """
     before = None
     for stage in run.stages[first.number - 1 :]:
         try:
@@ -49,7 +54,11 @@ def check_stages(run: Run, *, first: RunStage) -> None:
             if not run.staged:
                 return
             data = open_data(stage.config)
-            loader = open_loader(stage.config, data, dp_size=stage.config.parallel.dp or 1)
+            here = dp_size if stage.like(first) else 1
+            loader = open_loader(stage.config, data, dp_size=stage.config.parallel.dp or here)
+            asked = stage.config.evaluation.retrieval
+            if asked is not None and asked.every is not None:
+                Retrieval(asked, data.tokenizer, seed=stage.config.seed)
             if before is not None:
                 loader.stage.carry(before.describe(), None, 0)
         except UserError as error:

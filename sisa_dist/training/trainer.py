@@ -45,7 +45,7 @@ def train(run: Run | RunConfig, *, accept_changes: bool = False, quiet: bool = F
     with StopRequest() as stop:
         check_tp(stage.config.model, stage.config.parallel.tp)
         mesh = init_mesh(stage.config.parallel, device=wide.device, timeout=timeout)
-        check_stages(run, first=stage)
+        check_stages(run, first=stage, dp_size=mesh.dp_size)
         data = open_data(stage.config)
         with own_run_folder(run_folder, mesh), Watchdog(mesh, run_folder, timeout=timeout, stop=stop):
             resumes = bool(list_checkpoints(run_folder))
@@ -147,7 +147,7 @@ def _loop(
 ) -> None:
     training = config.training
     evaluations, save_due = Evaluations(config, mesh, data, engine, reporter, run_folder, stop), False
-    if state.evaluation_due and not evaluations.run(state):
+    if not evaluations.catch_up(state):
         raise _requeue(state, stop, reporter)
     skips = training.steps > state.step and config.data.on_missing == "skip"
     missing = MissingShards(loader, run_folder, mesh, step=state.step + 1) if skips else None

@@ -59,6 +59,9 @@ def test_what_is_refused_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert extend_context.main(["--systems", "sisaa", "--out", str(tmp_path)]) == 2
     assert "there is no sisaa" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    assert extend_context.main(["--systems", "mamba2", "--methods", "none,yarn", "--out", str(tmp_path)]) == 2
+    assert "no layer's mixer reads it" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.jsonl"))  # before anything is made
 
 
 def test_a_page_has_every_curve(tmp_path: Path) -> None:
@@ -101,6 +104,8 @@ def test_a_small_run_to_its_page_and_again(tmp_path: Path, capsys: pytest.Captur
     table = capsys.readouterr().out
     assert sum(line.startswith("| sisa |") for line in table.splitlines()) == 4
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
+    assert extend_context.main([*given, "--set", "model.n_layers=3"]) == 2
+    assert "begun with other settings" in capsys.readouterr().err
     assert extend_context.main(given) == 0  # nothing is done again
     assert {path: path.stat().st_mtime_ns for path in written} == {
         path: path.stat().st_mtime_ns if path.name == "extension.json" else time for path, time in written.items()

@@ -194,6 +194,32 @@ def test_asked_to_stop_at_the_seam_it_saves_and_goes_on(
     assert evaluated[0] == evaluated[1]
 
 
+def test_an_evaluation_put_off_before_another_layout_is_done_once(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Path]
+) -> None:
+    run = staged(tiny, tmp_path / "run", [LONGER[0], {**LONGER[1], "engine": {"activation_checkpointing": True}}])
+    killed_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Requeue):
+        train(run, quiet=True)
+    monkeypatch.undo()
+    assert stage_to_train(run, tmp_path / "run").number == 1
+    with pytest.raises(NextStage):
+        train(run, quiet=True)
+    assert stage_to_train(run, tmp_path / "run").number == 2
+    train(run, quiet=True)
+    assert losses(tmp_path / "run") == losses(whole("keep"))
+    evaluated = [record["step"] for record in read_metrics(tmp_path / "run")["evaluation"]]
+    assert evaluated == [record["step"] for record in read_metrics(whole("keep"))["evaluation"]]
+
+
+def test_what_a_later_stage_evaluates_is_looked_at_before_the_first(tiny: RunConfig, tmp_path: Path) -> None:
+    retrieval = {"every": 2, "lengths": [32]}
+    run = staged(tiny, tmp_path / "run", [LONGER[0], {**LONGER[1], "evaluation": {"retrieval": retrieval}}])
+    with pytest.raises(UserError, match=r"stage \w+: .*in 32 tokens there is no room"):
+        train(run, quiet=True)
+    assert not list_checkpoints(tmp_path / "run")
+
+
 def test_a_damaged_end_of_a_stage_is_done_again(tiny: RunConfig, tmp_path: Path, whole: Callable[[str], Path]) -> None:
     run = staged(tiny, tmp_path / "run", LONGER, training={"keep_last": 9})
     train(run, quiet=True)
