@@ -104,7 +104,7 @@ def test_what_makes_no_sense_or_has_no_effect_is_one_line(
     ("override", "said"),
     [
         ("stages.c.steps=3", "--set stages.c.steps: no entry has the name c: it has a, b"),
-        ("stages.a=3", "name a key of a"),
+        ("stages.a=3", "stages is a list: set the whole of it, or a key of an entry"),
         ("stages.a.steps.x=3", "steps is a value"),
         ("training.seq_len=32", "training.seq_len has no effect: every stage says its own"),
     ],
