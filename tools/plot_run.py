@@ -179,10 +179,10 @@ def _plot_learned_d_s(part: SubFigure, runs: dict[str, Run], x: str) -> None:
             continue
         place = _place(run, records, x)
         layers = records[0]["layers"]
-        for row, layer in enumerate(layers):
+        for row in range(len(layers)):
             shade = _shade(colour, row / max(1, len(layers) - 1))
             values = [record["d_s"][row] for record in records]
-            by_layer.plot(place, values, ".-", color=shade, linewidth=1.3, markersize=4, label=f"layer {layer}")
+            by_layer.plot(place, values, ".-", color=shade, linewidth=1.3, markersize=4)
         for key, style, said in (("d_s", "-", "in evaluation"), ("expected", "--", "in training, expected")):
             values = [sum(record[key]) / len(layers) for record in records]
             mean.plot(place, values, style, color=colour, linewidth=1.4, label=f"{name}: {said}, {values[-1]:.1f}")

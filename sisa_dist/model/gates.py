@@ -8,7 +8,7 @@ arXiv 1712.01312), under a budget that is met in every step (ours).
 A gate multiplies B alone: on B and C it would stand in the score squared. All heads of a layer share it. With a budget
 τ is such that m is the target, which falls from that of a new model to the budget until `anneal_from`. So gates
 compete: τ depends on every log α, and a gate's gradient is what it is worth less the mean worth of those it would
-displace. Of a Lagrange multiplier instead (Wang et al. 2020, arXiv 1910.04732) it was seen that m stood at 30 of 24
+displace. Of a Lagrange multiplier instead (Wang et al. 2020, arXiv 1910.04732) in simulations m stood at 30 of 24
 when gates hardened, and the rest was cut at once. With `penalty` τ is 0 and penalty · m / max nats are added to the
 loss.
 Hardness rises from 0 to 1 between `anneal_from` and `anneal_until`. It stands for the temperature: it sharpens the gate

@@ -27,7 +27,6 @@ from sisa_dist.parallel.mesh import init_mesh
 
 STEPS = 5
 LR = 2e-3
-ANNEALED = 0.8  # anneal_until of gates
 WINDOWS, TOKENS = 4, 40
 VOCAB = 61  # padded to 64: the last rank's slice has padding in it
 
@@ -258,7 +257,11 @@ def run_plain(case: Case) -> Outcome:
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
-            stand = group["gates"] and model.gates is not None and model.gates.share.item() >= ANNEALED
+            stand = (
+                group["gates"]
+                and model.gates is not None
+                and model.gates.share.item() >= model.gates.settings.anneal_until
+            )
             group["lr"] = 0.0 if stand else LR * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
