@@ -13,15 +13,15 @@ from data_pipeline.tokenizer_base import find_tokenizer
 from sisa_dist.config import Run, parse_config, replace_file
 from sisa_dist.evaluation.retrieval_tasks import NOISE, TASKS
 
-SAID = 24
 DRAWN = 1  # the seed of what is trained on; evaluation has the run's
-DOCUMENTS = {"short": 6000, "long": 600}
+DOCUMENTS = {"short": 30_000, "long": 600}
+SHORTEST = 24  # tokens: looking up is learned soonest where there is least to look through
 
 
 def write_text(run: Run, folder: Path, text: list[str]) -> None:
     """FOLDER/{text,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there stays.
 
-    Short prompts fit into a window of the first stage, long ones are from there to the last stage's.
+    Short documents fit into a window of the first stage, long ones are from there to the last stage's.
     """
     first, last = run.stages[0].config, run.stages[-1].config
     trained, longest = first.training.seq_len, last.training.seq_len
@@ -29,10 +29,10 @@ def write_text(run: Run, folder: Path, text: list[str]) -> None:
     model = find_tokenizer(folder / "text")
     assert model is not None
     tokenizer = Tokenizer.load(model)
-    for name, (low, high) in {"short": (trained // 2, trained), "long": (trained, longest)}.items():
+    for name, (low, high) in {"short": (SHORTEST, trained), "long": (trained, longest)}.items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            replace_file(path, _documents(tokenizer, DOCUMENTS[name], low, high))
+            replace_file(path, _documents(tokenizer, DOCUMENTS[name], low, high, trained))
         _prepare(run, folder / name, input=str(path), tokenizer={"path": str(model)})
 
 
@@ -42,11 +42,12 @@ def _prepare(run: Run, folder: Path, **data: object) -> None:
     prepare(parse_config(tree, source=f"the text of {folder}"))
 
 
-def _documents(tokenizer: Tokenizer, count: int, shortest: int, longest: int) -> str:
+def _documents(tokenizer: Tokenizer, count: int, shortest: int, longest: int, densest: int) -> str:
     """JSON lines of the sentences and questions of evaluation.retrieval, of lengths drawn evenly by their logarithm.
 
-    What is hidden stands not once but some SAID times in a document, in any order, between sentences that say nothing:
-    there is more to learn from than from one question at the end.
+    What is hidden stands not once but many times in a document, in any order, between sentences that say nothing: from
+    hardly any to all of its tokens, `densest` at most, and from two different ones to all. There is more to learn from
+    than from one question at the end, and easier things to learn first.
     """
     rng = np.random.Generator(np.random.Philox(DRAWN))
     noise = [f"{sentence}." for sentence in NOISE.strip().rstrip(".").split(". ")]
@@ -54,15 +55,13 @@ def _documents(tokenizer: Tokenizer, count: int, shortest: int, longest: int) ->
     lines = []
     for _ in range(count):
         question = TASKS["pairs"].ask(rng, 0.5, lambda text: True)
-        facts, said = question.needles, int(rng.integers(SAID // 2, SAID + 1))
-        asked = f"{question.query} {', '.join(question.answers)}"
-        length = np.exp(rng.uniform(np.log(shortest), np.log(longest)))
-        room = (
-            length - len(tokenizer.encode(" ".join([question.before, asked]))) - len(tokenizer.encode(facts[0])) * said
-        )
+        facts = question.needles[: int(rng.integers(2, len(question.needles) + 1))]
+        cost = len(tokenizer.encode(f" {facts[0]}"))
+        room = np.exp(rng.uniform(np.log(shortest), np.log(longest))) - cost * (len(facts) + 1)
+        said = int(max(2, rng.random() * min(room, densest) / cost))
         sentences = [facts[int(rng.integers(len(facts)))] for _ in range(said)]
-        sentences += [noise[n % len(noise)] for n in range(int(max(0, room) / tokens))]
+        sentences += [noise[n % len(noise)] for n in range(int(max(0, room - cost * said) / tokens))]
         shuffled = [sentences[n] for n in rng.permutation(len(sentences))]
         # Every one is said before it is asked.
-        lines.append(json.dumps({"text": " ".join([question.before, *facts, *shuffled, asked]).strip()}))
+        lines.append(json.dumps({"text": " ".join([*facts, *shuffled, f"{question.query} {question.answers[0]}"])}))
     return "\n".join(lines) + "\n"
