@@ -82,7 +82,7 @@ class Extension:
 
     @property
     def base(self) -> Path:
-        return self.folder / "base"
+        return self.folder / "begun"  # no method is called so
 
     def config(self, method: str | None) -> dict[str, Any]:
         """Of the base run, or of the run that stretches it."""

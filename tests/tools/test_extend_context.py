@@ -21,7 +21,7 @@ SMALL = [
     "training.global_batch_tokens=2048",
     "training.eval_windows=2",
     "evaluation.positions={seq_len: 2048, windows: 2, buckets: 8}",
-    "evaluation.retrieval={tasks: [passkey], lengths: [512, 2048], depths: [0.5], items: 1}",
+    "evaluation.retrieval={tasks: [pairs], lengths: [512, 2048], depths: [0.5], items: 1}",
     *("stages.base.steps=4", "stages.base.training={seq_len: 512, micro_batch_size: 4}"),
     *("schedule.warmup_steps=1", "schedule.decay_steps=1"),
     *("stages.2k.steps=2", "stages.2k.training={seq_len: 1024, micro_batch_size: 2}"),
@@ -38,7 +38,7 @@ def test_every_method_stretches_the_same_base_stage_by_stage(tmp_path: Path, sys
         path.write_text(yaml.safe_dump(one.config(method)))
         run = load_run(path)
         assert [stage.config.training.seq_len for stage in run.stages] == [2048, 4096]
-        assert run.stages[0].config.start.weights == str(one.base)
+        assert run.stages[0].config.start.weights == str(one.base) != one.config(method)["output_dir"]
         models = [stage.config.model for stage in run.stages]
         if method == "none":
             assert all(model.rope_scaling is None and model.rope_theta == 1e4 for model in models)
@@ -91,7 +91,7 @@ def test_a_small_run_to_its_page_and_again(tmp_path: Path, capsys: pytest.Captur
         (tmp_path / f"{number}.txt").write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
     given = [
         "--methods",
-        "none,yarn",
+        "base,yarn",
         "--systems",
         "sisa",
         "--out",
