@@ -183,7 +183,10 @@ def _stage(
                 f"training.profile.start {traced} is not one of its steps {first_step + 1} to {end}: set one of them"
             )
         _lay(tree, "training", profile=None)  # it is another stage's
-    config = parse_config(tree, source="")
+    try:
+        config = parse_config(tree, source="")
+    except UserError as error:
+        raise UserError(str(error).replace("training.steps", "its last step")) from None
     begins = config.schedule.first_step or 0
     if begins > first_step:
         raise UserError(f"schedule.first_step {begins} is behind its first step {first_step}: lower it")

@@ -66,6 +66,8 @@ _SISA = {
 
 def write_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of `model`. Raises UserError naming the first setting that modeling_sisa.py does not know."""
+    if model.learned_d_s:
+        raise UserError("model.d_s is learned: make it a model of fixed d_s first, by tools/materialize_ds.py")
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if name not in _KNOWN and (field.is_required() or value != field.get_default(call_default_factory=True)):
@@ -73,8 +75,6 @@ def write_config(model: ModelConfig) -> dict[str, Any]:
                 f"model.{name} is {value!r}, which the exported modeling_sisa.py cannot compute: export to another "
                 "format, such as consolidated safetensors"
             )
-    if model.learned_d_s:
-        raise UserError("model.d_s is learned: make it a model of fixed d_s first, by tools/materialize_ds.py")
     unknown = sorted(set(model.layer_mixers) - _MIXERS)
     if unknown:
         raise UserError(

@@ -87,7 +87,7 @@ def over(stage: int, **keys: Any) -> list[dict[str, Any]]:
         ({"training": {"seq_len": 32}}, STAGES, "training.seq_len has no effect: every stage says its own"),
         ({"training": {"profile": {"start": 16}}}, STAGES, "training.profile.start 16 is behind the last step 15"),
         ({"start": {"data": "continue"}}, STAGES, "start.data has no effect without start.resume"),
-        ({"schedule": {"end_step": 12}}, STAGES, "stage b: schedule.end_step 12 is before training.steps 15"),
+        ({"schedule": {"end_step": 12}}, STAGES, "stage b: schedule.end_step 12 is before its last step 15"),
     ],
 )
 def test_what_makes_no_sense_or_has_no_effect_is_one_line(
