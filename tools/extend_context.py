@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one, w
 import yaml
 from compare_systems import choose, match
 from extend_page import write_page
-from extend_text import write_text
+from extend_text import BASE, write_text
 
 from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import Run, UserError, load_run, replace_file
@@ -81,27 +81,34 @@ class Extension:
         return self.out / self.system
 
     @property
+    def trained(self) -> int:
+        """Tokens of the base run's sequences."""
+        (base,) = [stage for stage in self.tree["stages"] if stage["name"] == BASE]
+        return int(base["training"]["seq_len"])
+
+    @property
     def base(self) -> Path:
         return self.folder / "begun"  # no method is called so
 
     def config(self, method: str | None) -> dict[str, Any]:
         """Of the base run, or of the run that stretches it."""
-        first, *later = self.tree["stages"]
+        stages = self.tree["stages"]
+        begun = 1 + [stage["name"] for stage in stages].index(BASE)
         if method is None:
-            return self._run([first]) | {"output_dir": str(self.base)}
-        stages = [
+            return self._run(stages[:begun]) | {"output_dir": str(self.base)}
+        later = [
             merge(stage, {"model": keys}) if (keys := self.keys(method, stage["training"]["seq_len"])) else stage
-            for stage in later
+            for stage in stages[begun:]
         ]
         start = {"start": {"weights": str(self.base)}}
-        return self._run(stages) | start | {"output_dir": str(self.folder / method)}
+        return self._run(later) | start | {"output_dir": str(self.folder / method)}
 
     def _run(self, stages: list[dict[str, Any]]) -> dict[str, Any]:
         """These stages alone, without what each of them says for itself: it would be refused as idle."""
         return _said_once(self.tree, stages) | {"stages": stages}
 
     def keys(self, method: str, seq_len: int) -> dict[str, Any]:
-        trained, model = self.tree["stages"][0]["training"]["seq_len"], self.tree["model"]
+        trained, model = self.trained, self.tree["model"]
         pairs = model["d_model"] // model["n_heads"] // 2
         return METHODS[method](seq_len / trained, trained, pairs)
 
@@ -151,9 +158,8 @@ def _run(arguments: argparse.Namespace) -> None:
         todo = [(one, method) for method in arguments.methods for one in extensions]
         _all(pool.map(_before, todo))
         _all(pool.map(_train, todo))
-    trained = extensions[0].tree["stages"][0]["training"]["seq_len"]
     found = {one.system: {method: one.results(method) for method in arguments.methods} for one in extensions}
-    print(write_page(found, arguments.out, trained=trained))
+    print(write_page(found, arguments.out, trained=extensions[0].trained))
 
 
 def _said_once(run: dict[str, Any], stages: Sequence[Any]) -> dict[str, Any]:

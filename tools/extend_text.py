@@ -14,25 +14,34 @@ from sisa_dist.config import Run, parse_config, replace_file
 from sisa_dist.evaluation.retrieval_tasks import NOISE, TASKS
 
 DRAWN = 1  # the seed of what is trained on; evaluation has the run's
-DOCUMENTS = {"short": 30_000, "long": 600}
-SHORTEST = 24  # tokens: looking up is learned soonest where there is least to look through
+DOCUMENTS = {"twice": 80_000, "short": 30_000, "long": 600}
+SHORTEST = 24  # tokens
+BASE = "base"  # the last stage of what is trained once for each system
 
 
 def write_text(run: Run, folder: Path, text: list[str]) -> None:
-    """FOLDER/{text,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there stays.
+    """FOLDER/{text,twice,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there
+    stays.
 
-    Short documents fit into a window of the first stage, long ones are from there to the last stage's.
+    Each document of `twice` says eight pairs and says them again, in any order: looking up is learned soonest where
+    there is least to look through. Short documents fit into a window of the stage `base`, long ones are from there to
+    the last stage's.
     """
-    first, last = run.stages[0].config, run.stages[-1].config
+    first, last = run.named(BASE).config, run.stages[-1].config
     trained, longest = first.training.seq_len, last.training.seq_len
     _prepare(run, folder / "text", input=text)
     model = find_tokenizer(folder / "text")
     assert model is not None
     tokenizer = Tokenizer.load(model)
-    for name, (low, high) in {"short": (SHORTEST, trained), "long": (trained, longest)}.items():
+    texts = {
+        "twice": _twice,
+        "short": lambda count: _documents(tokenizer, count, SHORTEST, trained, trained),
+        "long": lambda count: _documents(tokenizer, count, trained, longest, trained),
+    }
+    for name, write in texts.items():
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            replace_file(path, _documents(tokenizer, DOCUMENTS[name], low, high, trained))
+            replace_file(path, write(DOCUMENTS[name]))
         _prepare(run, folder / name, input=str(path), tokenizer={"path": str(model)})
 
 
@@ -42,12 +51,21 @@ def _prepare(run: Run, folder: Path, **data: object) -> None:
     prepare(parse_config(tree, source=f"the text of {folder}"))
 
 
+def _twice(count: int) -> str:
+    rng = np.random.Generator(np.random.Philox(DRAWN))
+    lines = []
+    for _ in range(count):
+        facts = TASKS["pairs"].ask(rng, 0.5, lambda text: True).needles
+        lines.append(json.dumps({"text": " ".join([*facts, *(facts[n] for n in rng.permutation(len(facts)))])}))
+    return "\n".join(lines) + "\n"
+
+
 def _documents(tokenizer: Tokenizer, count: int, shortest: int, longest: int, densest: int) -> str:
     """JSON lines of the sentences and questions of evaluation.retrieval, of lengths drawn evenly by their logarithm.
 
     What is hidden stands not once but many times in a document, in any order, between sentences that say nothing: from
     hardly any to all of its tokens, `densest` at most, and from two different ones to all. There is more to learn from
-    than from one question at the end, and easier things to learn first.
+    than from one question at the end.
     """
     rng = np.random.Generator(np.random.Philox(DRAWN))
     noise = [f"{sentence}." for sentence in NOISE.strip().rstrip(".").split(". ")]
