@@ -12,7 +12,7 @@ from sisa_dist.config import Run, RunStage, UserError
 from sisa_dist.evaluation.retrieval import Retrieval
 from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.evaluations import evaluation_due
-from sisa_dist.training.run_data import open_data, open_loader
+from sisa_dist.training.run_data import check_limits, open_data, open_loader
 
 
 class EarlierStage(Exception):
@@ -45,9 +45,11 @@ def stage_to_train(run: Run, run_folder: Path) -> RunStage:
 def check_stages(run: Run, *, first: RunStage, dp_size: int) -> None:
     """Raises UserError where a stage behind `first` could not begin: better now than when it is reached.
 
-    dp_size: of this launch, which trains the stages that are like `first`.
+    dp_size: of this launch, which trains the stages that are like `first`. What they leave unread for one another is
+    known only of a run that begins here; data.mixture's limits are checked again when a stage is reached.
     """
-    before = None
+    before, begun, windows = None, None, 0
+    whole = first.number == 1 and first.config.start.resume is None
     for stage in run.stages[first.number - 1 :]:
         try:
             check_tp(stage.config.model, stage.config.parallel.tp)
@@ -60,7 +62,11 @@ def check_stages(run: Run, *, first: RunStage, dp_size: int) -> None:
             if asked is not None and asked.every is not None:
                 Retrieval(asked, data.tokenizer, seed=stage.config.seed)
             if before is not None:
-                loader.stage.carry(before.describe(), None, 0)
+                begun = loader.stage.carry(before.describe(), begun, windows if whole else 0)
+                loader.begin(begun)
+            windows = (stage.end_step - stage.first_step) * stage.config.training.global_batch_windows
+            if before is not None and whole:
+                check_limits(stage.config, loader, windows=windows)
         except UserError as error:
             raise UserError(f"stage {stage.name}: {error}" if stage.name else str(error)) from None
         before = loader

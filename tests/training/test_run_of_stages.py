@@ -15,13 +15,14 @@ import torch
 
 from runs import QUICKSTART, Stages, assert_same_tensors, losses, staged, tensors
 from sisa_dist.checkpoint import list_checkpoints, read_state
-from sisa_dist.config import Run, RunConfig, UserError, load_config
+from sisa_dist.config import DataConfig, Run, RunConfig, UserError, load_config
 from sisa_dist.engine.deepspeed import DeepSpeedEngine
 from sisa_dist.engine.fsdp import FSDP2Engine
 from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.run_data import open_data, open_loader
 from sisa_dist.training.show_step import served_in
 from sisa_dist.training.signals import NextStage, Requeue
-from sisa_dist.training.stages import stage_to_train
+from sisa_dist.training.stages import check_stages, stage_to_train
 from sisa_dist.training.trainer import train
 
 
@@ -311,6 +312,24 @@ def test_a_later_stage_that_cannot_begin_is_said_at_once(tiny: RunConfig, tmp_pa
     run = staged(tiny, tmp_path / "run", [LONGER[0], {"name": "b", "steps": 2, "parallel": {"tp": 3}}])
     with pytest.raises(UserError, match=r"stage b: .*tp 3"):
         train(run, quiet=True)
+
+
+def test_a_later_stage_that_reads_too_much_is_said_at_once(tiny: RunConfig, tmp_path: Path) -> None:
+    """Counted from what the stages before will have left."""
+    source = {"folder": tiny.data.folder, "weight": 1}
+    epoch = open_loader(tiny, open_data(tiny)).windows_per_epoch // tiny.training.global_batch_windows
+
+    def check(most: float) -> None:
+        second = {"name": "b", "steps": 2, "data": {"mixture": {"ours": {"max_epochs": most}}}}
+        plain = tiny.model_copy(update={"data": DataConfig(mixture={"ours": source})})
+        run = staged(plain, tmp_path / "run", [{"name": "a", "steps": epoch}, second])
+        check_stages(run, first=run.stages[0], dp_size=1)
+
+    with pytest.raises(
+        UserError, match=r"stage b: data\.mixture\.ours: 1\.\d\d epochs are planned"
+    ):
+        check(1.0)
+    check(1.5)
 
 
 @pytest.mark.slow
