@@ -11,20 +11,20 @@ from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_base import find_tokenizer
 from sisa_dist.config import Run, parse_config, replace_file
-from sisa_dist.evaluation.retrieval_tasks import NOISE, TASKS
+from sisa_dist.evaluation.retrieval_tasks import COMMON, NOISE, TASKS
 
 DRAWN = 1  # the seed of what is trained on; evaluation has the run's
-DOCUMENTS = {"twice": 80_000, "short": 30_000, "long": 600}
-SHORTEST = 24  # tokens
+DOCUMENTS = {"copies": 60_000, "short": 30_000, "long": 600}
+COPIED, SHORTEST = 48, 24  # tokens
 BASE = "base"  # the last stage of what is trained once for each system
 
 
 def write_text(run: Run, folder: Path, text: list[str]) -> None:
-    """FOLDER/{text,twice,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there
+    """FOLDER/{text,copies,short,long}, prepared with the tokenizer of the first, of the files `text`; what is there
     stays.
 
-    Each document of `twice` says eight pairs and says them again, in any order: looking up is learned soonest where
-    there is least to look through. Short documents fit into a window of the stage `base`, long ones are from there to
+    Each document of `copies` is 6 to 16 letters, again and again: nearly every label can be looked up there, and there
+    is little to look through. Short documents fit into a window of the stage `base`, long ones are from there to
     the last stage's.
     """
     first, last = run.named(BASE).config, run.stages[-1].config
@@ -34,7 +34,7 @@ def write_text(run: Run, folder: Path, text: list[str]) -> None:
     assert model is not None
     tokenizer = Tokenizer.load(model)
     texts = {
-        "twice": _twice,
+        "copies": _copies,
         "short": lambda count: _documents(tokenizer, count, SHORTEST, trained, trained),
         "long": lambda count: _documents(tokenizer, count, trained, longest, trained),
     }
@@ -51,12 +51,12 @@ def _prepare(run: Run, folder: Path, **data: object) -> None:
     prepare(parse_config(tree, source=f"the text of {folder}"))
 
 
-def _twice(count: int) -> str:
+def _copies(count: int) -> str:
     rng = np.random.Generator(np.random.Philox(DRAWN))
     lines = []
     for _ in range(count):
-        facts = TASKS["pairs"].ask(rng, 0.5, lambda text: True).needles
-        lines.append(json.dumps({"text": " ".join([*facts, *(facts[n] for n in rng.permutation(len(facts)))])}))
+        letters = rng.permutation(list(COMMON + COMMON.upper()))[: int(rng.integers(6, 17))]
+        lines.append(json.dumps({"text": " ".join(np.resize(letters, COPIED))}))
     return "\n".join(lines) + "\n"
 
 

@@ -32,7 +32,7 @@ _NOUNS = (
     "saddle shovel silver spoon stone tower tunnel valley violin wagon whistle window"
 )
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_COMMON = "abcdefilmnoprstu"  # in large and small, with the space before: one token of a vocabulary of a thousand
+COMMON = "abcdefilmnoprstu"  # in large and small, with the space before: one token of a vocabulary of a thousand
 _DRAWS = 10_000
 
 Absent = Callable[[str], bool]  # whether the filler holds no such text
@@ -71,13 +71,13 @@ def _niah(rng: np.random.Generator, depth: float, absent: Absent) -> Question:
 
 
 def _pairs(rng: np.random.Generator, depth: float, absent: Absent) -> Question:
-    usable = [letter for letter in _COMMON.upper() if absent(f" {letter} ")]
+    usable = [letter for letter in COMMON.upper() if absent(f" {letter} ")]
     if len(usable) < PAIRS:
         raise UserError(
             "evaluation.retrieval.filler: nearly every letter is a word of it: leave pairs out, or use other text"
         )
     first = rng.permutation(usable)[:PAIRS].tolist()
-    second = rng.choice(list(_COMMON), PAIRS).tolist()
+    second = rng.choice(list(COMMON), PAIRS).tolist()
     needles = tuple(f"{a} {b}." for a, b in zip(first, second, strict=True))
     return Question("", needles, (depth, *rng.random(PAIRS - 1).tolist()), first[0], (second[0],))
 
@@ -152,7 +152,7 @@ def _distinct(rng: np.random.Generator, count: int, absent: Absent, draw: Callab
 
 TASKS = {
     "niah": Task(_niah, True, 1 / len(NEEDLES), FILLER),
-    "pairs": Task(_pairs, True, 1 / len(_COMMON)),
+    "pairs": Task(_pairs, True, 1 / len(COMMON)),
     "passkey": Task(_passkey, True, 1 / 90_000),
     "multikey": Task(_multikey, True, 1 / 90_000),
     "multiquery": Task(_multiquery, False, 1 / 90_000),

@@ -23,7 +23,7 @@ SMALL = [
     "evaluation.positions={seq_len: 2048, windows: 2, buckets: 8}",
     "evaluation.retrieval={tasks: [pairs], lengths: [512, 2048], depths: [0.5], items: 1}",
     *("stages.base.steps=4", "stages.base.training={seq_len: 512, micro_batch_size: 4}"),
-    *("schedule.warmup_steps=1", "schedule.decay_steps=2", "stages.pairs.steps=2"),
+    *("schedule.warmup_steps=1", "schedule.decay_steps=2", "stages.copies.steps=2"),
     *("stages.2k.steps=2", "stages.2k.training={seq_len: 1024, micro_batch_size: 2}"),
     *("stages.2k.schedule={warmup_steps: 0}", "stages.4k.schedule={warmup_steps: 0}"),
     *("stages.4k.steps=2", "stages.4k.training={seq_len: 2048, micro_batch_size: 1}"),
@@ -53,10 +53,10 @@ def test_the_base_run_is_all_before_the_stages_that_stretch(tmp_path: Path) -> N
     one = extend_context._extension("sisa", [], tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(one.config(None)))
-    pairs, base = load_run(path).stages
-    assert (pairs.name, base.name, base.config.training.seq_len) == ("pairs", "base", 512)
-    shares = [{name: share for name, share in stage.config.data.shares.items() if share} for stage in (pairs, base)]
-    assert list(shares[0]) == ["twice"] and set(shares[1]) == {"text", "short"}
+    copies, base = load_run(path).stages
+    assert (copies.name, base.name, base.config.training.seq_len) == ("copies", "base", 512)
+    shares = [{name: share for name, share in stage.config.data.shares.items() if share} for stage in (copies, base)]
+    assert list(shares[0]) == ["copies"] and set(shares[1]) == {"text", "short"}
 
 
 def test_systems_are_of_one_size(tmp_path: Path) -> None:

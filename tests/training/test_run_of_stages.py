@@ -325,9 +325,7 @@ def test_a_later_stage_that_reads_too_much_is_said_at_once(tiny: RunConfig, tmp_
         run = staged(plain, tmp_path / "run", [{"name": "a", "steps": epoch}, second])
         check_stages(run, first=run.stages[0], dp_size=1)
 
-    with pytest.raises(
-        UserError, match=r"stage b: data\.mixture\.ours: 1\.\d\d epochs are planned"
-    ):
+    with pytest.raises(UserError, match=r"stage b: data\.mixture\.ours: 1\.\d\d epochs are planned"):
         check(1.0)
     check(1.5)
 
