@@ -49,7 +49,7 @@ def split(text: str) -> tuple[str, str, str]:
         "multiquery": r"What are the magic numbers of (.+), in this order\? They are([ ,\d]*)$",
         "variable_tracking": r"Which variables have the value (\d+), in the order .* set\? They are([ ,A-Z]*)$",
         "niah": f"({'|'.join(key for key, _ in NEEDLES)})( ?[A-Z]*)$",
-        "pairs": r" ([a-z])( ?)$",
+        "pairs": r" ([A-Z])( ?)$",
     }.items():
         if found := re.search(pattern, text):
             return task, found[1], found[2]
