@@ -80,4 +80,5 @@ def _estimate(stage: RunStage) -> Estimate:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_a_step_fits_into_80_gb(name: str, stage: str) -> None:
-    assert alone(_estimate, STAGES[name, stage]).peak < 70e9
+    # The three of the 7B took 43 minutes at the lowest priority beside busy cores.
+    assert alone(_estimate, STAGES[name, stage], timeout=3600).peak < 70e9

@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 
-def alone(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def alone(function: Callable[..., Any], *arguments: Any, timeout: float = 300, **options: Any) -> Any:
     """`function(*arguments, **options)` in the one process that stays; what it raises is raised here."""
-    return _executor().submit(function, *arguments, **options).result(timeout=300)
+    return _executor().submit(function, *arguments, **options).result(timeout=timeout)
 
 
 @functools.cache
