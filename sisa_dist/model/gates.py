@@ -136,7 +136,8 @@ def _threshold(log_alpha: Tensor, k: Tensor, count: Tensor) -> Tensor:
         for _ in range(_ROUNDS):
             tried = low + (high - low) * torch.linspace(0, 1, _CANDIDATES, dtype=wide.dtype, device=wide.device)
             at = (total(tried) > count).sum().clamp(1, _CANDIDATES - 1)  # the first that leaves no more than count open
-            low, high = tried[at - 1], tried[at]
+            # Not tried[at]: to index by a tensor without dimensions reads its value, and waits for the device.
+            low, high = tried.index_select(0, torch.stack((at - 1, at))).unbind()
         tau = (low + high) / 2
         p = _is_open(k * (wide - tau))
         slope = (k * p * (1 - p)).sum().clamp(min=1e-30)  # −d total / dτ

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixer_cases import BASE, CASES
 from sisa_dist.config import AttentionConfig, ModelConfig, UserError, parse_config
@@ -96,6 +97,16 @@ def test_the_budget_is_met_in_every_step(share: float) -> None:
         found.log_alpha += 3  # of all alike: no gate is another for it
     moved, _ = found()
     torch.testing.assert_close(moved, gates(share)()[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [None, 2.0])
+def test_forward_reads_no_value(penalty: float | None) -> None:
+    """Which would wait for the device in every step, and could not be rehearsed on tensors without values."""
+    with FakeTensorMode():
+        found = Gates(config(penalty=penalty, budget=None if penalty else 6.0))
+        z_LP, cost = found()
+        (z_LP.sum() + cost).backward()
+        assert found.log_alpha.grad is not None
 
 
 def test_evaluation_has_no_noise_and_hardens_with_training() -> None:
