@@ -47,11 +47,12 @@ def softmax_sum(terms: Array) -> tuple[Array, Array]:
 
 
 def predict_chinchilla(theta: Array, x: Array) -> tuple[Array, Array]:
-    """θ = (a, b, e, α, β): log L = LSE(a − α log N, b − β log D, e)."""
+    """θ = (a, b, e, α, β): log L = LSE(a − α log N, b − β log D, e). x [n, 2], or [S, n, 2] where each row has its own."""
     a, b, e, alpha, beta = theta.T[:, :, None]
-    n, d = x[:, 0], x[:, 1]
-    total, share = softmax_sum(np.stack([a - alpha * n, b - beta * d, np.broadcast_to(e, (len(e), len(n)))], 1))
-    return total, np.concatenate([share, -share[:, :1] * n, -share[:, 1:2] * d], 1)
+    n, d = x[..., 0], x[..., 1]
+    total, share = softmax_sum(np.stack([a - alpha * n, b - beta * d, np.broadcast_to(e, (len(e), n.shape[-1]))], 1))
+    along = (slice(None), None) if n.ndim == 2 else ()
+    return total, np.concatenate([share, -share[:, :1] * n[along], -share[:, 1:2] * d[along]], 1)
 
 
 def _chinchilla_grid(centre: Array, mean: float) -> Array:
