@@ -1,4 +1,4 @@
-"""The picture of one group of runs and its laws: fits, parabolas, optima with intervals, errors, d_s. Nothing is fitted."""
+"""The picture of one group of runs and its laws: fits, parabolas, optima, errors, d_s. It fits nothing."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ def _errors(axis: Axes, found: Found) -> None:
                 label=label,
             )
     axis.axhline(0, color="#888888", linewidth=0.8)
-    axis.set(
-        xscale="log", xlabel="FLOPs of training", ylabel="predicted / measured − 1 (%)", title="Errors of the fits"
-    )
+    axis.set(xscale="log", xlabel="FLOPs of training", ylabel="predicted / measured − 1 (%)", title="Errors")
     axis.legend(loc="best", fontsize=8)
 
 

@@ -1,7 +1,7 @@
 """The laws L(N, D) that are fitted: their prediction with its derivatives, their grid of starts, their optimum.
 
-N: parameters, D: training tokens, C: FLOPs of training, C = k·N·D with k = 6 unless said otherwise. Every law is a sum of
-powers inside a logarithm, so it is fitted as a log-sum-exp over x = log N and y = log D, both less their mean over the
+N: parameters, D: training tokens, C: FLOPs of training, C = k·N·D with k = 6 unless said otherwise. Every law is a sum
+of powers inside a logarithm, so it is fitted as a log-sum-exp over log N and log D, both less their mean over the
 points: without that the scale A and the exponent α are nearly one unknown. θ is always in those centred terms.
 """
 
@@ -47,7 +47,7 @@ def softmax_sum(terms: Array) -> tuple[Array, Array]:
 
 
 def predict_chinchilla(theta: Array, x: Array) -> tuple[Array, Array]:
-    """θ = (a, b, e, α, β): log L = LSE(a − α log N, b − β log D, e). x [n, 2], or [S, n, 2] where each row has its own."""
+    """θ = (a, b, e, α, β): log L = LSE(a − α log N, b − β log D, e). x [n, 2], or [S, n, 2]: each row's own."""
     a, b, e, alpha, beta = theta.T[:, :, None]
     n, d = x[..., 0], x[..., 1]
     total, share = softmax_sum(np.stack([a - alpha * n, b - beta * d, np.broadcast_to(e, (len(e), n.shape[-1]))], 1))

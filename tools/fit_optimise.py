@@ -100,7 +100,7 @@ def refit(objective: Objective, starts: Array, fits: int) -> tuple[Array, Array]
     """
     ends, values = [], []
     for start in starts:
-        theta, value = minimise(objective, np.tile(start, (fits, 1)), points=objective.x.shape[0])
+        theta, value = minimise(objective, np.tile(start, (fits, 1)), points=objective.x.shape[0], iterations=120)
         ends.append(theta)
         values.append(np.where(np.isfinite(value), value, np.inf))
     best = np.argmin(values, axis=0)

@@ -47,6 +47,7 @@ class Fit:
     value: float
     draws: Array
     starts: int
+    ends: Array  # [K, P]: the best different minima, theta first
     held_out: HeldOut | None = field(default=None)
 
     def loss(self, parameters: Array, tokens: Array) -> Array:
@@ -57,14 +58,19 @@ class Fit:
         return self.form.loss(self.draws, self.centre, parameters, tokens)
 
 
-def fit_form(form: Form, points: Points, *, squares: bool | None, draws: int, seed: int) -> Fit:
-    """Raises UserError where the points cannot tell the law's parameters apart."""
+def fit_form(
+    form: Form, points: Points, *, squares: bool | None, draws: int, seed: int, like: Fit | None = None
+) -> Fit:
+    """`like`: a fit whose minima to start from instead of the form's grid.
+
+    Raises UserError where the points cannot tell the law's parameters apart.
+    """
     _enough(form, points)
     x = points.log()
-    centre = x.mean(0)
+    centre = x.mean(0) if like is None else like.centre
     by = form.squares if squares is None else squares
     objective = Objective(form.predict, x - centre, np.log(points.loss), squares=by)
-    grid = form.grid(centre, float(np.log(points.loss).mean()))
+    grid = form.grid(centre, float(np.log(points.loss).mean())) if like is None else like.ends
     theta, ends = best_of_grid(objective, grid)
     drawn = np.zeros((0, len(theta)))
     if draws:
@@ -72,7 +78,7 @@ def fit_form(form: Form, points: Points, *, squares: bool | None, draws: int, se
         # A resample needs as many different runs as the law has parameters; of few runs many have fewer.
         weights = weights[(weights > 0).sum(1) > len(theta)]
         drawn, _ = refit(reweighted(objective, weights), ends[:2], len(weights))
-    return Fit(form, points, centre, theta, objective.value(theta), drawn, len(grid))
+    return Fit(form, points, centre, theta, objective.value(theta), drawn, len(grid), ends)
 
 
 def extrapolation(fit: Fit, points: Points, rule: str) -> HeldOut:
@@ -88,7 +94,7 @@ def hold_out_largest(fit: Fit, *, squares: bool | None) -> HeldOut | None:
     edge = fit.points.flops[order[len(kept)]] * (1 - 1e-6)
     mask = fit.points.flops < edge
     try:
-        smaller = fit_form(fit.form, fit.points[mask], squares=squares, draws=0, seed=0)
+        smaller = fit_form(fit.form, fit.points[mask], squares=squares, draws=0, seed=0, like=fit)
     except UserError:
         return None
     rest = fit.points[~mask]

@@ -2,8 +2,8 @@
 budget, pictures, and a JSON that tools/run_sweep.py reads to choose the next runs.
 
 python tools/fit_scaling_law.py runs/sweep/results.csv --by mixer --budget 1e18
-python tools/fit_scaling_law.py ANY.csv --params-column "Model Size" --flops-column "Training FLOP" --loss-column loss \\
-    --drop-largest 5 --form chinchilla --budget 5.76e23
+python tools/fit_scaling_law.py ANY.csv --params-column "Model Size" --flops-column "Training FLOP" \\
+    --loss-column loss --drop-largest 5 --form chinchilla --budget 5.76e23
 
 The table is a csv or parquet with a row a run; of one that has a column `status` only the finished rows count. Its
 columns are those of run_sweep's (parameters, tokens, flops, loss, d_s, run) unless named here. With --flops-column and
@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", default="", metavar="COLUMN[,COLUMN]", help="a fit for each value")
     parser.add_argument("--form", default="", metavar="FORM[,FORM]", help=", ".join(_ALL))
     parser.add_argument("--objective", choices=("huber", "squares"), help="default: that of the form's paper")
-    parser.add_argument(
-        "--curves", type=Path, help="folder of run folders, or a long table with run, loss, flops|tokens"
-    )
+    parser.add_argument("--curves", type=Path, help="folder of run folders, or a table with run, loss, flops or tokens")
     parser.add_argument("--budget", action="append", type=float, metavar="FLOPS", help="repeat; default: ×10 and ×100")
     parser.add_argument("--unique-tokens", type=float, metavar="N", help="of the budgets; default: the table's largest")
     parser.add_argument("--flops-factor", type=float, default=6.0, metavar="K", help="C = K·N·D (default 6)")
@@ -247,7 +245,7 @@ def _budgets(arguments: argparse.Namespace, runs: Points) -> list[float]:
     for budget in arguments.budget:
         if not budget >= runs.flops.min():
             raise UserError(
-                f"--budget {budget:g} is below the smallest run ({runs.flops.min():.3g} FLOPs): a law says nothing there"
+                f"--budget {budget:g} is below the smallest run ({runs.flops.min():.3g} FLOPs): ask for that or more"
             )
     return arguments.budget
 
@@ -262,8 +260,8 @@ def _print(result: dict[str, Any]) -> None:
     off = result["ratio"] / result["factor"]
     if not 0.9 < off < 1.1:
         print(
-            f"note: the runs' FLOPs are {result['ratio']:.3g}·N·D (median), the optima are of C = {result['factor']:g}·N·D"
-            f" (--flops-factor {result['ratio']:.3g} would take theirs)"
+            f"note: the runs' FLOPs are {result['ratio']:.3g}·N·D (median), the optima are of C = {result['factor']:g}"
+            f"·N·D (--flops-factor {result['ratio']:.3g} would take theirs)"
         )
     for entry in result["fits"]:
         print(f"{_named(entry)}{entry['form']}: {entry['points']} runs, {entry['source']}")
@@ -273,17 +271,14 @@ def _print(result: dict[str, Any]) -> None:
             print(f"    {'objective':13s} {entry['objective']:.6g}")
         if entry["law"]:
             law = entry["law"]
-            print(
-                f"    N* ∝ C^{law['N_exponent']:.4f}{_range(law['N_exponent_interval'])}, D* ∝ C^{law['D_exponent']:.4f}"
-            )
+            bounds = _range(law["N_exponent_interval"])
+            print(f"    N* ∝ C^{law['N_exponent']:.4f}{bounds}, D* ∝ C^{law['D_exponent']:.4f}")
         if entry["held_out_error"] is not None:
             print(f"    held out      {100 * entry['held_out_error']:.2f} % ({entry['held_out']['rule']})")
         for best in entry["optimum"]:
-            loss = "" if best["loss"] is None else f", loss {best['loss']:.4f}{_range(best['intervals']['loss'])}"
-            print(
-                f"    at {best['flops']:.3g} FLOPs: N* {best['parameters']:.3g}{_range(best['intervals']['parameters'])}, "
-                f"D* {best['tokens']:.3g}{_range(best['intervals']['tokens'])}{loss}"
-            )
+            each = [("N*", "parameters", ".3g"), ("D*", "tokens", ".3g"), ("loss", "loss", ".4f")]
+            said = [f"{s} {best[n]:{f}}{_range(best['intervals'][n])}" for s, n, f in each if best[n] is not None]
+            print(f"    at {best['flops']:.3g} FLOPs: {', '.join(said)}")
     for entry in result["d_s"]:
         print(f"{_named(entry)}d_s: {entry['verdict']}")
     for entry in result["skipped"]:
