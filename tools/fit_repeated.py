@@ -5,7 +5,9 @@ parameters are still worth.
     D' = U_D + U_D·R_D*·(1 − e^(−R_D/R_D*)),  U_D = min(D, unique tokens),  R_D = D/U_D − 1
     N' = U_N + U_N·R_N*·(1 − e^(−R_N/R_N*)),  U_N = min(N, N_opt(U_D)),     R_N = N/U_N − 1
 
-Fitted as they did: A, B, E, alpha, beta on the runs of a single pass, then R_D* and R_N* alone on all runs.
+They fitted A, B, E, alpha, beta on the runs of a single pass and then R_D* and R_N* alone. Here that is the start, and
+all seven are fitted to all runs: a single pass with N above N_opt has excess parameters too, so their first fit, which
+knows of none, is off by as much as such runs weigh.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from fit_forms import CHINCHILLA, predict_chinchilla
-from fit_optimise import Array, Objective, best_of_grid, minimise, refit, resamples, reweighted
+from fit_optimise import Array, Objective, best_of_grid, refit, resamples, reweighted
 from fit_parametric import HeldOut, fit_form, interval
 from fit_table import Points
 
@@ -42,24 +44,25 @@ class RepeatedFit:
 
 
 def predict_repeated(theta: Array, x: Array) -> tuple[Array, Array]:
-    """θ [S, 7], x [n, 3] = centred log N, log D, log U_D -> log loss [S, n], derivatives [S, 7, n].
-
-    The first five have derivative 0: they are known by now, and a search along the gradient leaves them alone.
-    """
+    """θ [S, 7], x [n, 3] = centred log N, log D, log U_D -> log loss [S, n], derivatives [S, 7, n]."""
     a, b, _, alpha, beta, log_d, log_n = theta.T[:, :, None]
     n, d, unique = x.T
     with np.errstate(all="ignore"):
         # N_opt(U_D): the N for which U_D is the compute-optimal number of tokens (Hoffmann et al. eq. 4).
         best = (np.log(alpha) + a - np.log(beta) - b + beta * unique) / alpha
-        used = np.minimum(n, np.where(np.isfinite(best), best, n))
-        tokens, its_d = _worth(unique, d - unique, log_d)
-        size, its_n = _worth(used, n - used, log_n)
+        moves = best < n  # nan, where there is no optimum, is False
+        used = np.where(moves, best, n)
+        tokens, its_d, _ = _worth(unique, d - unique, log_d)
+        size, its_n, kept = _worth(used, n - used, log_n)
+        # By a, b, α, β through N_opt.
+        through = np.stack(
+            [1 / alpha + 0 * n, -1 / alpha + 0 * n, (1 / alpha - best) / alpha, (unique - 1 / beta) / alpha]
+        )
+        through = np.where(moves, kept * through, 0.0)
     total, inner = predict_chinchilla(theta[:, :5], np.stack([size, np.broadcast_to(tokens, size.shape)], 2))
-    slope = np.zeros((len(theta), 7, len(x)))
-    # The derivatives of the loss by a and b are the shares of their terms in it.
-    slope[:, 5] = -beta * inner[:, 1] * its_d
-    slope[:, 6] = -alpha * inner[:, 0] * its_n
-    return total, slope
+    by_size, by_tokens = -alpha * inner[:, 0], -beta * inner[:, 1]
+    inner[:, [0, 1, 3, 4]] += by_size[:, None] * through.transpose(1, 0, 2)
+    return total, np.concatenate([inner, (by_tokens * its_d)[:, None], (by_size * its_n)[:, None]], 1)
 
 
 def fit_repeated(points: Points, *, draws: int, seed: int) -> RepeatedFit:
@@ -76,14 +79,12 @@ def fit_repeated(points: Points, *, draws: int, seed: int) -> RepeatedFit:
     x, y = _inputs(points, base.centre), np.log(points.loss)
     objective = Objective(predict_repeated, x, y)
     grid = np.array([[*base.theta, first, second] for first in _STARTS for second in _STARTS])
-    theta, _ = best_of_grid(objective, grid)
+    theta, ends = best_of_grid(objective, grid)
     drawn = np.zeros((0, 7))
     if draws:
         weights = resamples(len(points), draws, seed)
-        weights = weights[((weights[:, once] > 0).sum(1) > 5) & ((weights[:, ~once] > 0).sum(1) > 1)]
-        first = Objective(predict_chinchilla, x[once, :2], y[once], weights=weights[:, once])
-        bases, _ = refit(first, base.theta[None], len(weights))
-        drawn = _second_stage(reweighted(objective, weights), bases, theta[5:])
+        weights = weights[((weights[:, once] > 0).sum(1) > 5) & ((weights[:, ~once] > 0).sum(1) > 2)]
+        drawn, _ = refit(reweighted(objective, weights), ends[:2], len(weights))
     return RepeatedFit(points, base.centre, theta, objective.value(theta), drawn)
 
 
@@ -105,17 +106,14 @@ def describe_repeated(fit: RepeatedFit, budgets: list[float], unique: float, fac
     }
 
 
-def _worth(unique: Array, excess: Array, log_scale: Array) -> tuple[Array, Array]:
-    """log of U + U·R*·(1 − e^(−R/R*)) and its derivative by log R*, for log U and log(1 + R)."""
+def _worth(unique: Array, excess: Array, log_scale: Array) -> tuple[Array, Array, Array]:
+    """log of U + U·R*·(1 − e^(−R/R*)), for log U and log(1 + R), and its derivatives by log R* and by log U with U·(1 + R)
+    as it is."""
     repeats, scale = np.expm1(np.minimum(excess, 50)), np.exp(log_scale)
     ratio = repeats / scale
-    gain = -scale * np.expm1(-ratio)
-    return unique + np.log1p(gain), (gain - repeats * np.exp(-ratio)) / (1 + gain)
-
-
-def _second_stage(objective: Objective, bases: Array, known: Array) -> Array:
-    start = np.concatenate([bases, np.tile(known, (len(bases), 1))], 1)
-    return minimise(objective, start, points=objective.x.shape[0])[0]
+    gain, fading = -scale * np.expm1(-ratio), np.exp(-ratio)
+    by_scale = (gain - repeats * fading) / (1 + gain)
+    return unique + np.log1p(gain), by_scale, 1 - fading * (1 + repeats) / (1 + gain)
 
 
 def _passes(points: Points) -> Array:
