@@ -55,9 +55,8 @@ def predict_repeated(theta: Array, x: Array) -> tuple[Array, Array]:
         tokens, its_d, _ = _worth(unique, d - unique, log_d)
         size, its_n, kept = _worth(used, n - used, log_n)
         # By a, b, α, β through N_opt.
-        through = np.stack(
-            [1 / alpha + 0 * n, -1 / alpha + 0 * n, (1 / alpha - best) / alpha, (unique - 1 / beta) / alpha]
-        )
+        one = np.ones_like(best)
+        through = np.stack([one, -one, one / alpha - best, unique - one / beta]) / alpha
         through = np.where(moves, kept * through, 0.0)
     total, inner = predict_chinchilla(theta[:, :5], np.stack([size, np.broadcast_to(tokens, size.shape)], 2))
     by_size, by_tokens = -alpha * inner[:, 0], -beta * inner[:, 1]
@@ -107,8 +106,8 @@ def describe_repeated(fit: RepeatedFit, budgets: list[float], unique: float, fac
 
 
 def _worth(unique: Array, excess: Array, log_scale: Array) -> tuple[Array, Array, Array]:
-    """log of U + U·R*·(1 − e^(−R/R*)), for log U and log(1 + R), and its derivatives by log R* and by log U with U·(1 + R)
-    as it is."""
+    """log of U + U·R*·(1 − e^(−R/R*)), for log U and log(1 + R), and its derivatives by log R* and, with U·(1 + R) as it
+    is, by log U."""
     repeats, scale = np.expm1(np.minimum(excess, 50)), np.exp(log_scale)
     ratio = repeats / scale
     gain, fading = -scale * np.expm1(-ratio), np.exp(-ratio)
