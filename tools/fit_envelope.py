@@ -1,6 +1,9 @@
 """Hoffmann et al.'s first approach (2203.15556, §3.1): at each number of FLOPs the run whose training curve is lowest.
 
-Its weakness is stated there: a run is compared before its learning rate has decayed, where its loss is still too high.
+They draw a line through the best size at all 1 500 places. With a sweep's few sizes that is a staircase whose ends have
+no rival, and its slope is too small (0.42 in place of 0.52 on nine sizes of a known law). The line here goes through the
+places where the lowest run changes: there the best size lies between the two, and their geometric mean is taken.
+The approach compares runs before their learning rate has decayed, where the loss is still too high.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ PLACES = 1500  # FLOPs looked at, evenly in their logarithm: as many as there
 
 @dataclass(frozen=True)
 class Envelope:
-    """flops and log N of the lowest curve, both [m]; draws [B, 2] of log coefficient and exponent."""
+    """flops and N where the lowest curve changes, both [m]; draws [B, 2] of log coefficient and exponent."""
 
     flops: Array
     parameters: Array
@@ -74,12 +77,14 @@ def _table(curves: list[Array]) -> tuple[Array, Array]:
 
 
 def _lowest(places: Array, loss: Array, sizes: Array) -> tuple[Array, Array, Array] | None:
-    """log FLOPs and log N of the winners, and intercept and slope of the line through them."""
+    """log FLOPs and log N where the winner changes, and intercept and slope of the line through them."""
     rivals = np.isfinite(loss).sum(0) >= 2
     if not rivals.any():
         return None
     flops, n = places[rivals], sizes[np.argmin(loss[:, rivals], axis=0)]
     if len(np.unique(n)) < 3:
         return None
+    change = np.flatnonzero(np.diff(n))
+    flops, n = (flops[change] + flops[change + 1]) / 2, (n[change] + n[change + 1]) / 2
     slope, intercept = np.polyfit(flops, n, 1)
     return flops, n, np.array([intercept, slope])

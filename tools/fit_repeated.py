@@ -106,8 +106,8 @@ def describe_repeated(fit: RepeatedFit, budgets: list[float], unique: float, fac
 
 
 def _worth(unique: Array, excess: Array, log_scale: Array) -> tuple[Array, Array, Array]:
-    """log of U + U·R*·(1 − e^(−R/R*)), for log U and log(1 + R), and its derivatives by log R* and, with U·(1 + R) as it
-    is, by log U."""
+    """log of U + U·R*·(1 − e^(−R/R*)), for log U and log(1 + R), with two derivatives: by log R*, and by log U where
+    U·(1 + R) stays as it is."""
     repeats, scale = np.expm1(np.minimum(excess, 50)), np.exp(log_scale)
     ratio = repeats / scale
     gain, fading = -scale * np.expm1(-ratio), np.exp(-ratio)

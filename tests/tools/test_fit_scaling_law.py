@@ -36,6 +36,12 @@ def make_table(path: Path, *, unfinished: bool = True, mixers: tuple[str, ...] =
     return path
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the fits."""
+    monkeypatch.setattr(fit_scaling_law, "draw", lambda *_: None)
+
+
 def fits(out: Path) -> dict:
     return json.loads((out / "fit.json").read_text())
 
@@ -73,13 +79,14 @@ def test_a_sweeps_table_needs_no_options(
         assert (tmp_path / f"fit/fit_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_columns_filters_and_both_formats(tmp_path: Path) -> None:
     plain = pd.read_csv(make_table(tmp_path / "plain.csv", unfinished=False))
     frame = plain.rename(columns={"parameters": "Model Size", "flops": "Training FLOP", "loss": "val"}).drop(
         columns="tokens"
     )
     frame["note"] = "kept"
-    frame.loc[len(frame)] = frame.iloc[0] | {"val": 99.0}  # a loss to drop
+    frame.loc[len(frame)] = dict(frame.iloc[0]) | {"val": 99.0}  # a loss to drop
     frame.to_parquet(tmp_path / "other.parquet")
     named = [
         "--params-column",
@@ -106,6 +113,7 @@ def test_columns_filters_and_both_formats(tmp_path: Path) -> None:
     assert third["points"] == 9 and third["held_out"]["points"] == 4 and third["held_out_error"] < 1e-3
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_isoflop_slices_and_training_curves_find_the_laws_optimum(tmp_path: Path) -> None:
     """Approaches 1 and 2 on runs of a known law: 9 sizes at 5 budgets, and the curves of 9 runs."""
     theta = THETA["chinchilla"][None]
@@ -134,10 +142,11 @@ def test_isoflop_slices_and_training_curves_find_the_laws_optimum(tmp_path: Path
     assert parabolas["optimum"][0]["parameters"] == pytest.approx(truth, rel=0.05)
     low, high = parabolas["intervals"]["N_exponent"]
     assert low - 0.01 < exponent < high + 0.01 and high - low < 0.1
-    assert result["envelope"]["law"]["N_exponent"] == pytest.approx(exponent, abs=0.06)
+    assert result["envelope"]["law"]["N_exponent"] == pytest.approx(exponent, abs=0.02)
     assert result["envelope"]["optimum"][0]["loss"] is None
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_slice_whose_lowest_point_was_not_tried_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +180,8 @@ def test_curves_of_run_folders(tmp_path: Path) -> None:
     pd.DataFrame(rows).to_csv(tmp_path / "results.csv")
     command = [str(tmp_path / "results.csv"), "--form", "envelope", "--curves", str(tmp_path), "--bootstrap", "0"]
     assert fit_scaling_law.main(command) == 0
-    assert 0.3 < fits(tmp_path / "fit")["fits"][0]["law"]["N_exponent"] < 0.7
+    exponent = float(law(CHINCHILLA, THETA["chinchilla"][None], CENTRE, 6.0)[1][0])
+    assert fits(tmp_path / "fit")["fits"][0]["law"]["N_exponent"] == pytest.approx(exponent, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -194,14 +204,18 @@ def test_curves_of_run_folders(tmp_path: Path) -> None:
         (["--drop-largest", "-1"], "0 or more"),
         (["--form", "cubic"], "no such form; there are chinchilla"),
         (["--form", "repeated"], "--unique-column"),
-        (["--form", "isoflop"], "IsoFLOP parabolas"),
+        (
+            ["--form", "isoflop", "--fit", "parameters < 3e7"],
+            "need 2 slices of 3 sizes at the same FLOPs, and there are 0",
+        ),
         (["--form", "envelope"], "needs --curves"),
-        (["--form", "envelope", "--curves", "nothing"], "no such file"),
+        (["--form", "envelope", "--curves", "nothing.csv"], "no such file"),
         (["--form", "d_s"], "at least 3 model sizes, and there are 0"),
         (["--loss-column", "d_s"], "32 of 32 rows are not positive numbers"),
         (["--out", "{table}"], "cannot be made"),
     ],
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_bad_input_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
 ) -> None:
@@ -239,6 +253,7 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.skipif(not EPOCH.exists(), reason="the public points of Chinchilla are not here")
+@pytest.mark.usefixtures("no_pictures")
 def test_epochs_reconstruction_of_chinchilla(tmp_path: Path) -> None:
     """Besiroglu et al. 2404.10102: 240 points, A 482.01, B 2085.43, E 1.8172, α 0.3478, β 0.3658 with standard errors
     124.58, 1293.23, 0.03, 0.02, 0.02 (as others quote their table). Fitted to the end the minimum lies a little off
@@ -263,6 +278,7 @@ def test_epochs_reconstruction_of_chinchilla(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not GADRE.exists(), reason="the 104 models of Gadre et al. are not here")
+@pytest.mark.usefixtures("no_pictures")
 def test_gadres_extrapolation(tmp_path: Path) -> None:
     """2403.08540, figure 1: RedPajama, loss on C4; fitted to four small models at M = 20 and the smallest at M = 320,
     the 1.4B model at M = 640 is predicted to 0.71 %, the 6.9B at M = 20 to 0.73 %."""
