@@ -29,7 +29,7 @@ _SAME = 1.05  # sizes, and token budgets, within 5 % are one: d_ff solved for eq
 
 @dataclass(frozen=True)
 class DsLaw:
-    """theta and draws of every law, by name: [P] and [B, P]. errors: mean squared held-out error of log loss.
+    """theta [P] of every law and draws [B, P] of those with a best d_s, by name. errors: mean held-out error.
 
     sizes [m]: the model sizes; tried: the smallest and the largest d_s.
     """
@@ -96,7 +96,7 @@ def fit_d_s(points: Points, *, draws: int, seed: int) -> DsLaw:
     ends["power"] = best_of_grid(objectives["power"], np.array(tilted))[1]
     errors, gains, chosen = _choose(objectives, ends, points, sizes)
     theta = {law: found[0] for law, found in ends.items()}
-    drawn = {law: _draws(objectives[law], ends[law], draws, seed) for law in LAWS}
+    drawn = {law: _draws(objectives[law], ends[law], draws, seed) for law in LAWS[1:]}
     middle = np.exp([np.log(points.parameters[sizes == size]).mean() for size in np.unique(sizes)])
     return DsLaw(points, centre, theta, drawn, errors, gains, chosen, middle, (float(tried[0]), float(tried[-1])))
 
@@ -108,7 +108,7 @@ def describe_d_s(found: DsLaw) -> dict[str, Any]:
         "verdict": verdict(found),
         "points": len(found.points),
         "tried": list(found.tried),
-        "held_out_error": {law: float(np.sqrt(error)) for law, error in found.errors.items()},
+        "held_out_error": found.errors,
         "gain": {law: {"mean": gain, "standard_error": error} for law, (gain, error) in found.gains.items()},
         "laws": {},
         "optimum": [],
@@ -190,26 +190,29 @@ def _clusters(values: Array) -> Array:
 def _choose(
     objectives: dict[str, Objective], ends: dict[str, Array], points: Points, sizes: Array
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]], str]:
-    """Held-out errors, each law's gain over the simpler one chosen so far with its standard error, and the choice."""
+    """Held-out errors, each law's gain over the simpler one chosen so far with its standard error, and the choice.
+
+    Errors are absolute, of log loss, as the fit counts them: squared, one run that went wrong would decide.
+    """
     kept = np.stack([(sizes != size).astype(np.float64) for size in np.unique(sizes)])
-    squared = {}
+    missed = {}
     for law in LAWS:
         objective = objectives[law]
         theta, _ = refit(reweighted(objective, kept), ends[law], len(kept))
         error = objective.y - objective.predict(theta, objective.x)[0][sizes, np.arange(len(points))]
-        squared[law] = _within_cells(error, sizes, points) ** 2
+        missed[law] = np.abs(_within_cells(error, sizes, points))
     chosen, gains = "none", {}
     for law in LAWS[1:]:
-        gain = squared[chosen] - squared[law]
+        gain = missed[chosen] - missed[law]
         standard = float(gain.std(ddof=1) / np.sqrt(len(gain)))
         gains[law] = (float(gain.mean()), standard)
         if gain.mean() > SURE * standard:
             chosen = law
-    return {law: float(value.mean()) for law, value in squared.items()}, gains, chosen
+    return {law: float(value.mean()) for law, value in missed.items()}, gains, chosen
 
 
 def _within_cells(error: Array, sizes: Array, points: Points) -> Array:
-    """Errors less their mean over the runs of one size and token budget, where most such cells hold several runs.
+    """Errors less their median over the runs of one size and token budget, where most such cells hold several runs.
 
     What a law of N and D gets wrong about a size it has not seen is the same for every d_s, and would drown the rest.
     """
@@ -217,8 +220,8 @@ def _within_cells(error: Array, sizes: Array, points: Points) -> Array:
     _, which, count = np.unique(cell, return_inverse=True, return_counts=True)
     if (count[which] > 1).mean() < 0.5:
         return error
-    mean = np.bincount(which, error) / count
-    centred = error - mean[which]
+    middle = np.array([np.median(error[which == i]) for i in range(len(count))])
+    centred = error - middle[which]
     return centred[count[which] > 1]
 
 

@@ -1,8 +1,8 @@
 """Hoffmann et al.'s first approach (2203.15556, §3.1): at each number of FLOPs the run whose training curve is lowest.
 
-They draw a line through the best size at all 1 500 places. With a sweep's few sizes that is a staircase whose ends have
-no rival, and its slope is too small (0.42 in place of 0.52 on nine sizes of a known law). The line here goes through the
-places where the lowest run changes: there the best size lies between the two, and their geometric mean is taken.
+They draw a line through the best size at all 1 500 places. With a sweep's few sizes that is a staircase whose ends
+have no rival, and its slope is too small (0.42 in place of 0.52 on nine sizes of a known law). The line here goes
+through the places where the lowest run changes: there the best size lies between the two, at their geometric mean.
 The approach compares runs before their learning rate has decayed, where the loss is still too high.
 """
 

@@ -1,4 +1,4 @@
-"""The law of d_s on runs whose truth is known: which law is chosen, what is recovered, and how often the interval holds."""
+"""The law of d_s on runs whose truth is known: what is chosen and recovered, and how often its interval holds."""
 
 from __future__ import annotations
 

@@ -163,6 +163,7 @@ def test_a_slice_whose_lowest_point_was_not_tried_is_not_used(
     assert entry["law"]["N_exponent"] == pytest.approx(np.log(4) / np.log(10))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_curves_of_run_folders(tmp_path: Path) -> None:
     rows = []
     for size in np.geomspace(1e7, 1e9, 5):
