@@ -56,7 +56,7 @@ def predict_chinchilla(theta: Array, x: Array) -> tuple[Array, Array]:
 
 
 def _chinchilla_grid(centre: Array, mean: float) -> Array:
-    """Hoffmann et al.'s 4 500 starts (2203.15556, appendix D.3)."""
+    """Hoffmann et al.'s 4 500 starts (2203.15556, appendix D)."""
     exponents, log_scales = np.arange(0, 2.5, 0.5), np.arange(0, 30, 5.0)
     starts = itertools.product(log_scales, log_scales, np.arange(-1, 1.5, 0.5), exponents, exponents)
     grid = np.array(list(starts))

@@ -28,7 +28,7 @@ class Objective:
     """Σ over points of Huber(1e-3) of the error of log loss, or of the squared error of the loss.
 
     The sum, not the mean: L-BFGS stops on absolute changes, and with the mean it stopped Hoffmann et al. too early
-    (Besiroglu et al. 2404.10102, §4). `y` is log loss, [n] or, one row a fit, [S, n]; `weights` likewise, or None.
+    (Besiroglu et al. 2404.10102). `y` is log loss, [n] or, one row a fit, [S, n]; `weights` likewise, or None.
     """
 
     predict: Predict

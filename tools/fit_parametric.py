@@ -88,17 +88,26 @@ def extrapolation(fit: Fit, points: Points, rule: str) -> HeldOut:
 
 def hold_out_largest(fit: Fit, *, squares: bool | None) -> HeldOut | None:
     """The law fitted without the fifth of the runs with the most FLOPs, on those. None where too few would be left."""
-    order = np.argsort(fit.points.flops, kind="stable")
-    kept = order[: len(order) - max(1, round(HELD_OUT_SHARE * len(order)))]
-    # Runs as large as the smallest of those held out are held out with them: an IsoFLOP slice is not cut in two.
-    edge = fit.points.flops[order[len(kept)]] * (1 - 1e-6)
-    mask = fit.points.flops < edge
+    mask = without_largest(fit.points)
     try:
         smaller = fit_form(fit.form, fit.points[mask], squares=squares, draws=0, seed=0, like=fit)
     except UserError:
         return None
-    rest = fit.points[~mask]
-    return extrapolation(smaller, rest, f"the {len(rest)} runs with the most FLOPs, from the {mask.sum()} others")
+    return extrapolation(smaller, fit.points[~mask], rule_of(mask))
+
+
+def without_largest(points: Points) -> Array:
+    """True for the runs to fit when those with the most FLOPs are held out, [n].
+
+    Runs as large as the smallest held out are held out with it: an IsoFLOP slice is not cut in two.
+    """
+    order = np.argsort(points.flops, kind="stable")
+    edge = points.flops[order[len(order) - max(1, round(HELD_OUT_SHARE * len(order)))]]
+    return points.flops < edge * (1 - 1e-6)
+
+
+def rule_of(mask: Array) -> str:
+    return f"the {(~mask).sum()} runs with the most FLOPs, from the {mask.sum()} others"
 
 
 def describe(fit: Fit, budgets: list[float], factor: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The law for tokens seen more than once (Muennighoff et al. 2305.16264, §3 and §6): what repetition and excess
+"""The law for tokens seen more than once (Muennighoff et al. 2305.16264): what repetition and excess
 parameters are still worth.
 
     L = E + A/N'^alpha + B/D'^beta
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from fit_forms import CHINCHILLA, predict_chinchilla
 from fit_optimise import Array, Objective, best_of_grid, refit, resamples, reweighted
-from fit_parametric import HeldOut, fit_form, interval
+from fit_parametric import HeldOut, fit_form, interval, rule_of, without_largest
 from fit_table import Points
 
 from sisa_dist.config import UserError
@@ -85,6 +85,17 @@ def fit_repeated(points: Points, *, draws: int, seed: int) -> RepeatedFit:
         weights = weights[((weights[:, once] > 0).sum(1) > 5) & ((weights[:, ~once] > 0).sum(1) > 2)]
         drawn, _ = refit(reweighted(objective, weights), ends[:2], len(weights))
     return RepeatedFit(points, base.centre, theta, objective.value(theta), drawn)
+
+
+def hold_out_repeated(fit: RepeatedFit) -> HeldOut | None:
+    """The law fitted without the fifth of the runs with the most FLOPs, on those. None where too few would be left."""
+    mask = without_largest(fit.points)
+    try:
+        smaller = fit_repeated(fit.points[mask], draws=0, seed=0)
+    except UserError:
+        return None
+    rest = fit.points[~mask]
+    return HeldOut(rule_of(mask), rest.run, smaller.loss(rest) / rest.loss - 1)
 
 
 def describe_repeated(fit: RepeatedFit, budgets: list[float], unique: float, factor: float) -> dict[str, Any]:

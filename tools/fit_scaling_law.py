@@ -17,9 +17,9 @@ no --tokens-column, D = C / (6·N).
   d_s                                 is there a best d_s, and does it depend on N?
 
 It writes into --out (default: fit/ beside the table) a picture for each group and fit.json:
-  {"table", "factor": C/(N·D), "rows": {"used", "left_out": {status: rows}},
+  {"table", "factor": C/(N·D) of the optima, "ratio": the runs' own (median), "rows": {"used", "left_out": {status: rows}},
    "fits": [{"where": {column: value}, "form", "source", "parameters": {name: value}, "intervals": {name: [low, high]},
-             "objective", "points", "draws", "held_out_error": mean |predicted/measured − 1|, "held_out": {...},
+             "objective", "points", "starts", "draws", "held_out_error": mean |predicted/measured − 1|, "held_out": {...},
              "law": {"N_coefficient", "N_exponent", "D_coefficient", "D_exponent", their intervals},
              "optimum": [{"flops", "parameters", "tokens", "loss", "intervals": {...}}]}],
    "d_s": [{"where", "chosen": "none"|"constant"|"power", "verdict", "held_out_error", "laws", "optimum":
@@ -45,7 +45,7 @@ from fit_figure import Found, draw
 from fit_forms import FORMS
 from fit_isoflop import describe_isoflop, fit_isoflop
 from fit_parametric import HeldOut, describe, extrapolation, fit_form, hold_out_largest
-from fit_repeated import describe_repeated, fit_repeated
+from fit_repeated import describe_repeated, fit_repeated, hold_out_repeated
 from fit_table import Columns, Points, finished, groups, points, query, read_curves, read_table, where
 
 from sisa_dist.config import UserError
@@ -108,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         "table": str(arguments.table),
         "factor": arguments.flops_factor,
         "rows": {"used": 0, "left_out": left_out},
-        "ratio": None,
+        "ratio": [],
         "fits": [],
         "d_s": [],
         "skipped": [],
@@ -117,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         _group(arguments, forms, columns, label, part, result)
     if not result["fits"] and not result["d_s"]:
         raise UserError("nothing could be fitted: " + "; ".join(dict.fromkeys(s["reason"] for s in result["skipped"])))
+    result["ratio"] = float(np.median(result["ratio"]))
     write_results(out / "fit.json", result)
     return result
 
@@ -138,13 +139,13 @@ def _group(
         held_out = points(predicted, columns, arguments.table, arguments.flops_factor)
     budgets = _budgets(arguments, runs)
     result["rows"]["used"] += len(runs)
-    result["ratio"] = runs.ratio
+    result["ratio"].append(runs.ratio)
     found = Found(runs, held_out, budgets, arguments.flops_factor)
     for form in forms or _ALL:
         try:
             entry = _one(form, arguments, frame, columns, found)
         except UserError as error:
-            if forms and form in forms and not label:
+            if forms and not label:  # asked for, and there is no other group that might do
                 raise
             result["skipped"].append({"where": label, "form": form, "reason": str(error)})
             continue
@@ -178,6 +179,8 @@ def _one(
             errors = repeated.loss(found.held_out) / found.held_out.loss - 1
             rule = f"--held-out {arguments.held_out}"
             repeated = replace(repeated, held_out=HeldOut(rule, found.held_out.run, errors))
+        else:
+            repeated = replace(repeated, held_out=hold_out_repeated(repeated))
         found.repeated = repeated
         unique = arguments.unique_tokens or float(np.nanmax(runs.unique))
         return describe_repeated(repeated, found.budgets, unique, factor)
@@ -243,7 +246,7 @@ def _budgets(arguments: argparse.Namespace, runs: Points) -> list[float]:
     if arguments.budget is None:
         return [10 * float(runs.flops.max()), 100 * float(runs.flops.max())]
     for budget in arguments.budget:
-        if not budget >= runs.flops.min():
+        if not runs.flops.min() <= budget < np.inf:
             raise UserError(
                 f"--budget {budget:g} is below the smallest run ({runs.flops.min():.3g} FLOPs): ask for that or more"
             )

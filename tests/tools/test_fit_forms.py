@@ -11,7 +11,7 @@ from fit_d_s import predict_d_s
 from fit_forms import CHINCHILLA, FORMS, KAPLAN, OVER_TRAINING, Form, law, optimum
 from fit_optimise import Objective, best_of_grid, minimise
 from fit_parametric import fit_form, hold_out_largest
-from fit_repeated import describe_repeated, fit_repeated, predict_repeated
+from fit_repeated import describe_repeated, fit_repeated, hold_out_repeated, predict_repeated
 from fit_table import Points
 from scipy.special import huber
 
@@ -84,7 +84,7 @@ def test_the_laws_are_the_papers() -> None:
 
 
 def test_repeated_data_is_the_papers_formula() -> None:
-    """With its published constants (2305.16264, §6): A 521, B 1488, E 1.87, α = β = 0.353, R_D* 15.4, R_N* 5.31."""
+    """2305.16264, at constants of the size it found."""
     a, b, e, alpha, beta, r_d, r_n = 521.0, 1488.0, 1.87, 0.353, 0.353, 15.4, 5.31
     unique = np.minimum(D, 3e9)
     theta = np.array([np.log(a) - alpha * CENTRE[0], np.log(b) - beta * CENTRE[1], np.log(e), alpha, beta])
@@ -184,6 +184,8 @@ def test_repetition_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = np.exp(predict_repeated(truth[None], x)[0][0]) * noise
     fit = fit_repeated(make_points(n, d, loss, unique=np.where(unique < d, unique, np.nan)), draws=20, seed=0)
     np.testing.assert_allclose(np.exp(fit.theta[5:]), [12, 4], rtol=0.1)
+    held_out = hold_out_repeated(fit)
+    assert held_out is not None and len(held_out.runs) == 6 and held_out.mean < 0.01
     entry = describe_repeated(fit, [1e21], 2e9, 6.0)
     assert entry["intervals"]["R_D"][0] < 12.5 and entry["intervals"]["R_D"][1] > 11.5
     # With 2e9 tokens to repeat the best model is smaller than with as many as it likes, its tokens are seen again.
