@@ -17,9 +17,9 @@ no --tokens-column, D = C / (6·N).
   d_s                                 is there a best d_s, and does it depend on N?
 
 It writes into --out (default: fit/ beside the table) a picture for each group and fit.json:
-  {"table", "factor": C/(N·D) of the optima, "ratio": the runs' own (median), "rows": {"used", "left_out": {status: rows}},
+  {"table", "factor": C/(N·D) of the optima, "ratio": the runs' own, "rows": {"used", "left_out": {status: rows}},
    "fits": [{"where": {column: value}, "form", "source", "parameters": {name: value}, "intervals": {name: [low, high]},
-             "objective", "points", "starts", "draws", "held_out_error": mean |predicted/measured − 1|, "held_out": {...},
+             "objective", "points", "starts", "draws", "held_out_error": mean |predicted/measured − 1|, "held_out",
              "law": {"N_coefficient", "N_exponent", "D_coefficient", "D_exponent", their intervals},
              "optimum": [{"flops", "parameters", "tokens", "loss", "intervals": {...}}]}],
    "d_s": [{"where", "chosen": "none"|"constant"|"power", "verdict", "held_out_error", "laws", "optimum":
