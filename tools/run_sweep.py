@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one, w
 from rich.console import Console
 from sweep_grid import Grid, load_grid
 from sweep_job import AGAIN, ROOT
+from sweep_next import with_next
 from sweep_plan import make_plan, print_plan
 from sweep_pool import Slot, StopAsked, local_slots, run_all
 from sweep_results import State, refuse_others, state_of, write_tables
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     try:
-        grid = _load(arguments)
+        grid = with_next(_load(arguments), getattr(arguments, "next", None), keep=arguments.command == "run")
         runs = make_runs(grid)
         chosen = _chosen(runs, arguments.only)
         return {"plan": _plan, "run": _run, "status": _status}[arguments.command](
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=_SET)
         command.add_argument("--only", action="append", default=[], metavar="PATTERN", help=_ONLY)
         if name != "status":
+            command.add_argument("--next", type=Path, metavar="FIT.json", help=_NEXT)
             command.add_argument("--jobs", type=int, metavar="N", help=_JOBS)
     plan, run = commands.choices["plan"], commands.choices["run"]
     plan.add_argument("--flops-per-second", type=float, metavar="F", help=_SPEED)
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _SET = "a key of the grid, e.g. base.training.eval_windows=8, or grids.NAME.flops=[1e12]"
 _ONLY = "runs whose name fits, as in 0.1m_*; may be repeated"
+_NEXT = "more runs: the best sizes that this fit of fit_scaling_law.py names for budgets beyond the grid's"
 _JOBS = "runs at a time (1); of --hosts on each; of --slurm at most (all that SLURM lets)"
 _SPEED = "that a device reaches in training; without it: the grid's machine, else a few steps are measured here"
 _HOSTS = "by ssh, without a password; this folder with its .venv/ and the output_dir at one path on all of them"

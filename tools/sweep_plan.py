@@ -110,7 +110,10 @@ def _rehearsed(sweep: Path, runs: Sequence[SweepRun], machine: Machine, console:
 
 def _estimated(sweep: Path, run: SweepRun, machine: Machine, console: Console) -> int:
     key = _shape_of(run.config) | {"devices": machine.devices}
-    key |= {"accumulates": run.config.training.global_batch_tokens, "parallel": run.config.parallel.model_dump()}
+    training, parallel = run.config.training, run.config.parallel
+    ranks = max(1, machine.devices // (parallel.tp * parallel.cp))
+    key |= {"accumulates": training.global_batch_windows > training.micro_batch_size * ranks}
+    key |= {"parallel": parallel.model_dump()}
     path = sweep / "shapes" / f"memory_{_digest(key)}.json"
     if not path.is_file():
         console.print(f"estimating the memory of {_title(run)}", markup=False)

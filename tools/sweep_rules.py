@@ -114,7 +114,7 @@ def _takes_d_s(name: str) -> bool:
 
 def make_shape(grid: Grid, size: str, mixer: str, d_s: int | None) -> Shape:
     where = f"size {size}, {mixer}" + (f", d_s {d_s}" if d_s else "")
-    base = _base(grid, size)
+    base = base_config(grid, size)
     target = parameters(base)
     keys = systems()[mixer] | ({"d_s": d_s} if d_s else {})
 
@@ -141,10 +141,10 @@ def make_shape(grid: Grid, size: str, mixer: str, d_s: int | None) -> Shape:
             "of the MLPs is too coarse: make the size larger"
         )
     flops = training_flops_per_token(config.model, config.training.seq_len)
-    return Shape(size, mixer, config, found, found - _embedding(config.model), flops)
+    return Shape(size, mixer, config, found, found - embedding_parameters(config.model), flops)
 
 
-def _base(grid: Grid, size: str) -> RunConfig:
+def base_config(grid: Grid, size: str) -> RunConfig:
     """The size's Transformer, with a schedule that fits any number of steps."""
     own: dict[str, Any] = {"model": {"mixer": "attention"} | grid.sizes[size], "output_dir": grid.output_dir}
     own["schedule"] = {"warmup_steps": 0}
@@ -162,7 +162,7 @@ def _base(grid: Grid, size: str) -> RunConfig:
     return parse_config(merge(grid.base, own), source=f"base, size {size}")
 
 
-def _embedding(model: ModelConfig) -> int:
+def embedding_parameters(model: ModelConfig) -> int:
     """Parameters of the embedding and, where it is not tied, of the head."""
     with torch.device("meta"):
         built = build_model(model)
@@ -181,9 +181,9 @@ def _runs_of(grid: Grid, block: Block, shape: Shape, d_s: int | None) -> Iterato
             "tokens_per_parameter": value * counted,
             "flops": value / shape.flops_per_token,
         }[budget]
-        label = {"tokens": f"t{_short(value)}", "flops": f"c{_short(value)}"}.get(budget, f"{value:g}x")
+        label = {"tokens": f"t{short(value)}", "flops": f"c{short(value)}"}.get(budget, f"{value:g}x")
         parts = [shape.size, shape.mixer, f"ds{d_s}" if d_s else "", label]
-        parts += [f"lr{_short(lr)}" if lr else "", f"b{batch}" if batch else "", f"s{seed}"]
+        parts += [f"lr{short(lr)}" if lr else "", f"b{batch}" if batch else "", f"s{seed}"]
         name = "_".join(part for part in parts if part)
         variables = {"parameters": float(counted), "tokens": tokens, "flops": tokens * shape.flops_per_token}
         variables["d_model"] = float(shape.config.model.d_model)
@@ -221,5 +221,5 @@ def _config(grid: Grid, shape: Shape, name: str, tokens: float, lr: float, batch
     return parse_config(tree, source=name)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.4g}".replace("e+", "e").replace("e0", "e").replace("e-0", "e-")

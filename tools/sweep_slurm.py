@@ -49,8 +49,8 @@ def write_script(sweep: Path, runs: Sequence[SweepRun], machine: Machine, *, nam
     head = [
         f"#!/bin/bash\n# The runs of {names.name}, one a task of the array, written by tools/run_sweep.py:",
         f"#   sbatch {folder / 'sweep.sbatch'}",
-        "# Time limit, partition and account: sbatch's own options, before the script's name. A task that is asked to stop",
-        "# saves and goes back into the queue, as under tools/slurm_train.sbatch.",
+        "# Time limit, partition and account: sbatch's own options, before the script's name. A task that is asked to",
+        "# stop saves and goes back into the queue, as under tools/slurm_train.sbatch.",
     ]
     lines = [*head, *(f"#SBATCH --{key}={value}" for key, value in directives.items()), *kept[first:]]
     (folder / "logs").mkdir(parents=True, exist_ok=True)
