@@ -112,4 +112,6 @@ def _fits(path: Path) -> list[dict[str, Any]]:
 
 def _extended(grid: Grid, more: dict[str, Any], source: str) -> Grid:
     blocks = [parse_section(Block, block, source=source) for block in more["grids"]]
-    return grid.model_copy(update={"sizes": grid.sizes | more["sizes"], "grids": [*grid.grids, *blocks]})
+    # A block of all sizes means those that the file names.
+    own = [block.model_copy(update={"sizes": block.sizes or list(grid.sizes)}) for block in grid.grids]
+    return grid.model_copy(update={"sizes": grid.sizes | more["sizes"], "grids": [*own, *blocks]})

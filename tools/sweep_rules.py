@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from compare_systems import TOLERANCE, choose, lay_over, mixers_of, systems
 from equal_parameters import parameters, solve_d_ff
 from sweep_grid import BUDGETS, Block, Grid, Law
@@ -25,7 +24,6 @@ from sweep_grid import BUDGETS, Block, Grid, Law
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
 from sisa_dist.config.load import merge
 from sisa_dist.config.mixers import MIXER_NAMES
-from sisa_dist.model import build_model
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.training.run_folder import keys_that_count
 
@@ -82,12 +80,16 @@ def make_runs(grid: Grid) -> list[SweepRun]:
 
     Raises UserError where a size, a d_s or a budget cannot be met.
     """
+    bases: dict[str, tuple[RunConfig, int]] = {}
     shapes: dict[tuple[str, str, int | None], Shape] = {}
     found: dict[str, SweepRun] = {}
     for block in grid.grids:
         for size, mixer, d_s in _models(grid, block):
             if (size, mixer, d_s) not in shapes:
-                shapes[size, mixer, d_s] = make_shape(grid, size, mixer, d_s)
+                if size not in bases:
+                    base = base_config(grid, size)
+                    bases[size] = base, parameters(base)
+                shapes[size, mixer, d_s] = _shape(*bases[size], size, mixer, d_s)
             for run in _runs_of(grid, block, shapes[size, mixer, d_s], d_s):
                 found.setdefault(run.config_hash, run)
     return list(found.values())
@@ -112,10 +114,8 @@ def _takes_d_s(name: str) -> bool:
     return "d_s" not in keys and any("d_s" in MIXER_NAMES[mixer] for mixer in mixers_of(keys))
 
 
-def make_shape(grid: Grid, size: str, mixer: str, d_s: int | None) -> Shape:
+def _shape(base: RunConfig, target: int, size: str, mixer: str, d_s: int | None) -> Shape:
     where = f"size {size}, {mixer}" + (f", d_s {d_s}" if d_s else "")
-    base = base_config(grid, size)
-    target = parameters(base)
     keys = systems()[mixer] | ({"d_s": d_s} if d_s else {})
 
     def with_d_ff(d_ff: int) -> RunConfig:
@@ -163,11 +163,8 @@ def base_config(grid: Grid, size: str) -> RunConfig:
 
 
 def embedding_parameters(model: ModelConfig) -> int:
-    """Parameters of the embedding and, where it is not tied, of the head."""
-    with torch.device("meta"):
-        built = build_model(model)
-    head = 0 if model.tie_embeddings else model.padded_vocab_size * model.d_model
-    return sum(parameter.numel() for parameter in built.embed.parameters()) + head
+    """Of the embedding and, where it is not tied, of the head."""
+    return model.padded_vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
 
 
 def _runs_of(grid: Grid, block: Block, shape: Shape, d_s: int | None) -> Iterator[SweepRun]:

@@ -140,9 +140,8 @@ def test_asked_to_stop_the_pool_lets_all_save_and_starts_no_more(
 def test_over_hosts_by_ssh_one_of_which_is_not_there(
     tmp_path: Path, sweep: list[SweepRun], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ssh = (
-        f'#!/bin/bash\necho "$3" >>{tmp_path}/ssh.log\n[ "$3" != gone ] || {{ echo "ssh: no route" >&2; exit 255; }}\n'
-    )
+    ssh = f'#!/bin/bash\necho "$3" >>{tmp_path}/ssh.log\n'
+    ssh += '[ "$3" != gone ] || { echo "ssh: no route" >&2; exit 255; }\n'
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text(ssh + 'exec bash -c "$4"\n', encoding="utf-8")
     (tmp_path / "bin" / "ssh").chmod(0o755)
@@ -153,9 +152,7 @@ def test_over_hosts_by_ssh_one_of_which_is_not_there(
         assert [state_of(tmp_path / "out", run).status for run in sweep] == ["finished", "finished"]
         said = capsys.readouterr().out
         assert "gone: ssh: no route: left out" in said and "a_attention_t2048_s0 on here" in said
-        assert (tmp_path / "ssh.log").read_text().split() == ["gone", "here", "here"] or sorted(
-            (tmp_path / "ssh.log").read_text().split()
-        ) == ["gone", "here", "here"]
+        assert sorted((tmp_path / "ssh.log").read_text().split()) == ["gone", "here", "here"]
         # All hosts gone: it ends, and what is not done is not said to be.
         (tmp_path / "out" / "runs" / sweep[0].name / "final.json").unlink()
         run_all(tmp_path / "out", sweep[:1], slots[:1], console, stop, launch=False)
@@ -171,7 +168,7 @@ def test_what_a_slot_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert slot.environment()["OMP_NUM_THREADS"] == "7"
     monkeypatch.setattr(sweep_pool.torch.cuda, "device_count", lambda: 4)
     assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in local_slots(2, 2)] == ["0,1", "2,3"]
-    with pytest.raises(UserError, match="3 run.s. at a time of 2 device.s. each, and there are 4 here"):
+    with pytest.raises(UserError, match="and there are 4 here"):
         local_slots(3, 2)
     assert "--launch" in Slot(host="a").command(tmp_path, "name", launch=True)[-1]
     assert json.dumps(Slot(host="a").command(tmp_path, "n", launch=False)[:4]) == '["ssh", "-o", "BatchMode=yes", "a"]'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,10 @@ def test_budgets_laws_and_fractions(tmp_path: Path) -> None:
         assert run.flops == pytest.approx(1e10, rel=0.2) and run.shape.flops_per_token == training_flops_per_token(
             run.config.model, 64
         )
-    twice = runs["a_attention_2x_lr1e-3_b512_s0"]
+    twice = runs["a_attention_2x_lr0.001_b512_s0"]
     assert twice.shape.parameters_non_embedding == twice.shape.parameters - 512 * 32
     assert twice.tokens == round(2 * twice.shape.parameters_non_embedding / 512) * 512
-    assert scored_tokens(twice.config) == (10 // 5 * 2 + 6) * 64 or scored_tokens(twice.config) % 64 == 0
+    assert scored_tokens(twice.config) == (2 * 2 + 6) * 64
 
 
 def test_what_two_blocks_ask_for_is_one_run(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_the_hash_is_of_what_alters_the_result(tmp_path: Path) -> None:
         ({"sizs": {}}, "sizs: unknown key; did you mean sizes"),
         ({"lr": {"coefficient": 1.0, "parameter": -1.0}}, "lr: parameter: unknown key; did you mean parameters"),
         ({"grids": [block(mixer=["sisa"])]}, "grids.0.mixer: unknown key; did you mean mixers"),
-        ({"grids": [block(mixers=["sissa"])]}, "grids.mixers: there is no sissa: choose of attention"),
+        ({"grids": [block(mixers=["sissa"])]}, "grids.mixers: there is no sissa: choose of sisa, attention"),
         ({"grids": [block(sizes=["b"])]}, "there is no size b: choose of a"),
         ({"grids": [block(flops=[1e9])]}, "give one of tokens, tokens_per_parameter, flops"),
         ({"grids": [block(tokens=[100.0])]}, "100 tokens are fewer than one step of 256"),
@@ -211,18 +212,9 @@ def test_a_fit_chooses_the_next_runs_and_they_stay(tmp_path: Path, capsys: pytes
 def test_a_new_size_has_the_parameters_and_the_proportions(wanted: float) -> None:
     grid = load_grid(SCALING / "laptop.yaml")
     keys = size_of(grid, wanted)
-    (run,) = make_runs(
-        grid.model_copy(
-            update={
-                "sizes": {"new": keys},
-                "grids": [
-                    grid.grids[0].model_copy(
-                        update={"sizes": ["new"], "mixers": ["attention"], "flops": [1e13], "d_s": None}
-                    )
-                ],
-            }
-        )
-    )
+    one = {"sizes": ["new"], "mixers": ["attention"], "flops": [1e13], "d_s": None}
+    blocks = [grid.grids[0].model_copy(update=one)]
+    (run,) = make_runs(grid.model_copy(update={"sizes": {"new": keys}, "grids": blocks}))
     assert run.shape.parameters == pytest.approx(wanted, rel=0.01)
     assert keys["d_model"] == 32 * keys["n_heads"] and keys["n_layers"] == round(keys["d_model"] / 32)
     assert 1.5 < keys["d_ff"] / keys["d_model"] < 4.5
@@ -248,10 +240,7 @@ def test_a_script_for_slurm(
     assert names == [run.name for run in make_runs(load_grid(path))]
     # A task runs the job of its line, and what a signal does is the template's.
     (job,) = [line for line in text.splitlines() if "sweep_job.py" in line]
-    found = subprocess.run(
-        ["bash", "-c", f"echo {job.removesuffix(' &')}"],
-        env={"SLURM_ARRAY_TASK_ID": "2", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {"SLURM_ARRAY_TASK_ID": "2", "PATH": os.environ["PATH"]}
+    told = ["bash", "-c", f"echo {job.removesuffix(' &')}"]
+    found = subprocess.run(told, env=environment, capture_output=True, text=True)
     assert found.stdout.split()[-3:] == [str(out), names[1], "--launch"]
