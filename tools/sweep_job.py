@@ -50,7 +50,11 @@ class Job:
         self.final = self.run_folder / "final.json"
         self.log, self.ended = sweep / "logs" / f"{name}.txt", sweep / "jobs" / f"{name}.json"
         self.lock = sweep / "jobs" / f"{name}.lock"
-        self.sisa = [str(ROOT / "launch.sh")] if launch else [sys.executable, "-m", "sisa_dist.cli"]
+        sisa = [str(ROOT / "launch.sh")] if launch else [sys.executable, "-m", "sisa_dist.cli"]
+        self.train = [*sisa, "train", str(self.config)]
+        self.evaluate = [*sisa, "eval", str(self.run_folder), "--out", str(self.final)]
+        if launch:
+            self.evaluate.append("--set=parallel={}")  # on one process, however many trained
         self.asked: int | None = None  # the signal
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -76,9 +80,7 @@ class Job:
         self.ended.unlink(missing_ok=True)  # of an earlier try
         if self.final.is_file():
             return 0, ""
-        train = [*self.sisa, "train", str(self.config)]
-        evaluate = [*self.sisa, "eval", str(self.run_folder), "--out", str(self.final)]
-        for command in (train, evaluate):
+        for command in (self.train, self.evaluate):
             if self.asked is not None:
                 return AGAIN, ""
             said = log.tell()
