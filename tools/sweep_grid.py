@@ -97,6 +97,7 @@ class Grid(Section):
     count: Literal["total", "non_embedding"] = "total"  # the parameters of tokens_per_parameter and of the laws
     lr: PositiveFloat | Law
     batch: PositiveInt | Law  # tokens of a step; a law's is rounded to what micro-batches allow
+    d_ff_multiple: PositiveInt = 1  # what d_ff is rounded to; 8 and more keep a GPU's matrix units full
     warmup: Fraction = 0.02
     decay: Fraction | None = None  # of schedule wsd
     evaluations: PositiveInt = 10  # of held-out loss in a run

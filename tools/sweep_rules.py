@@ -2,7 +2,8 @@
 
 - d_ff is solved for, so that within a size all mixers and d_s have the size's parameters (to 0.5 %);
 - tokens are given, or so many to a parameter, or what a budget of FLOPs leaves (an IsoFLOP slice);
-- lr and batch come from the grid's laws where a block does not list them.
+- lr and batch come from the grid's laws where a block does not list them, as they are for the size's Transformer: all
+  mixers and d_s of one size and budget train with the same.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Shape:
     parameters: int
     parameters_non_embedding: int
     flops_per_token: float  # of training
+    transformer: Shape | None = None  # of this size, which laws and Chinchilla multiples go by; None: it is that
 
     @property
     def d_s(self) -> int | None:
@@ -80,16 +82,15 @@ def make_runs(grid: Grid) -> list[SweepRun]:
 
     Raises UserError where a size, a d_s or a budget cannot be met.
     """
-    bases: dict[str, tuple[RunConfig, int]] = {}
+    transformers: dict[str, Shape] = {}
     shapes: dict[tuple[str, str, int | None], Shape] = {}
     found: dict[str, SweepRun] = {}
     for block in grid.grids:
         for size, mixer, d_s in _models(grid, block):
             if (size, mixer, d_s) not in shapes:
-                if size not in bases:
-                    base = base_config(grid, size)
-                    bases[size] = base, parameters(base)
-                shapes[size, mixer, d_s] = _shape(*bases[size], size, mixer, d_s)
+                if size not in transformers:
+                    transformers[size] = _counted(base_config(grid, size), size, "attention")
+                shapes[size, mixer, d_s] = _matched(grid, transformers[size], mixer, d_s)
             for run in _runs_of(grid, block, shapes[size, mixer, d_s], d_s):
                 found.setdefault(run.config_hash, run)
     return list(found.values())
@@ -114,7 +115,8 @@ def _takes_d_s(name: str) -> bool:
     return "d_s" not in keys and any("d_s" in MIXER_NAMES[mixer] for mixer in mixers_of(keys))
 
 
-def _shape(base: RunConfig, target: int, size: str, mixer: str, d_s: int | None) -> Shape:
+def _matched(grid: Grid, transformer: Shape, mixer: str, d_s: int | None) -> Shape:
+    size, base, target = transformer.size, transformer.config, transformer.parameters
     where = f"size {size}, {mixer}" + (f", d_s {d_s}" if d_s else "")
     keys = systems()[mixer] | ({"d_s": d_s} if d_s else {})
 
@@ -133,15 +135,20 @@ def _shape(base: RunConfig, target: int, size: str, mixer: str, d_s: int | None)
             f"{where}: with next to no MLP it has {least:,} parameters and the size {target:,}: raise the size's d_ff, "
             "or leave this one out"
         )
-    config = with_d_ff(d_ff)
-    found = parameters(config)
-    if abs(found / target - 1) > TOLERANCE:
+    d_ff = max(1, round(d_ff / grid.d_ff_multiple)) * grid.d_ff_multiple
+    found = _counted(with_d_ff(d_ff), size, mixer, transformer)
+    if abs(found.parameters / target - 1) > TOLERANCE:
         raise UserError(
-            f"{where}: {found:,} parameters at d_ff {d_ff} and the size has {target:,} ± {TOLERANCE:.1%}: one column "
-            "of the MLPs is too coarse: make the size larger"
+            f"{where}: {found.parameters:,} parameters at d_ff {d_ff} and the size has {target:,} ± {TOLERANCE:.1%}: one "
+            "column of the MLPs, or d_ff_multiple, is too coarse: make the size larger, or that smaller"
         )
+    return found
+
+
+def _counted(config: RunConfig, size: str, mixer: str, transformer: Shape | None = None) -> Shape:
+    found = parameters(config)
     flops = training_flops_per_token(config.model, config.training.seq_len)
-    return Shape(size, mixer, config, found, found - embedding_parameters(config.model), flops)
+    return Shape(size, mixer, config, found, found - embedding_parameters(config.model), flops, transformer)
 
 
 def base_config(grid: Grid, size: str) -> RunConfig:
@@ -157,8 +164,9 @@ def base_config(grid: Grid, size: str) -> RunConfig:
         raise UserError("decay has no effect unless base.schedule.kind is wsd: remove it, or set that")
     training = grid.base.get("training", {})
     training = training if isinstance(training, dict) else {}
-    unit = int(training.get("seq_len", 2048)) * int(training.get("micro_batch_size", 1))
-    own["training"] = {"steps": 10**9, "global_batch_tokens": unit}
+    sizes = training.get("seq_len", 2048), training.get("micro_batch_size", 1)
+    unit = sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else 1  # which it is told of below
+    own["training"] = {"steps": 10**9, "global_batch_tokens": max(1, unit)}
     return parse_config(merge(grid.base, own), source=f"base, size {size}")
 
 
@@ -169,7 +177,9 @@ def embedding_parameters(model: ModelConfig) -> int:
 
 def _runs_of(grid: Grid, block: Block, shape: Shape, d_s: int | None) -> Iterator[SweepRun]:
     (budget,) = (key for key in BUDGETS if getattr(block, key) is not None)
-    counted = shape.parameters if grid.count == "total" else shape.parameters_non_embedding
+    assert shape.transformer is not None
+    reference = shape.transformer
+    counted = reference.parameters if grid.count == "total" else reference.parameters_non_embedding
     for value, lr, batch, seed in itertools.product(
         getattr(block, budget), block.lr or [None], block.batch or [None], block.seeds
     ):
@@ -182,8 +192,9 @@ def _runs_of(grid: Grid, block: Block, shape: Shape, d_s: int | None) -> Iterato
         parts = [shape.size, shape.mixer, f"ds{d_s}" if d_s else "", label]
         parts += [f"lr{short(lr)}" if lr else "", f"b{batch}" if batch else "", f"s{seed}"]
         name = "_".join(part for part in parts if part)
-        variables = {"parameters": float(counted), "tokens": tokens, "flops": tokens * shape.flops_per_token}
-        variables["d_model"] = float(shape.config.model.d_model)
+        theirs = value / reference.flops_per_token if budget == "flops" else tokens
+        variables = {"parameters": float(counted), "tokens": theirs, "flops": theirs * reference.flops_per_token}
+        variables["d_model"] = float(reference.config.model.d_model)
         batch = batch or _batch(grid, shape.config, variables)
         lr = lr or (grid.lr.of(**variables) if isinstance(grid.lr, Law) else grid.lr)
         yield SweepRun(name, shape, _config(grid, shape, name, tokens, float(f"{lr:.4g}"), batch, seed))

@@ -49,6 +49,14 @@ def test_the_grids_that_come_with_it(name: str) -> None:
     assert sum(len(found) >= 3 for found in budgets.values()) >= 4
     assert {(run.shape.mixer, run.shape.d_s) for run in runs} > {("attention", None), ("sisa", 8), ("sisa", 16)}
     assert max(run.shape.parameters_non_embedding for run in runs) > {"laptop": 1.4e6, "1b": 2.5e9}[name]
+    # At one size and budget nothing but the mixer and d_s differs.
+    same: dict[tuple[str, str], set[tuple[float, int]]] = {}
+    for run in runs:
+        training = run.config.training
+        at = run.shape.size, run.name.split("_")[-2]
+        same.setdefault(at, set()).add((run.config.optimizer.lr, training.global_batch_tokens))
+        assert run.config.model.d_ff % grid.d_ff_multiple == 0
+    assert all(len(found) == 1 for found in same.values())
     if name == "laptop":
         assert sum(run.flops for run in runs) == pytest.approx(1.518e14, rel=1e-3)
 
