@@ -139,8 +139,8 @@ def _matched(grid: Grid, transformer: Shape, mixer: str, d_s: int | None) -> Sha
     found = _counted(with_d_ff(d_ff), size, mixer, transformer)
     if abs(found.parameters / target - 1) > TOLERANCE:
         raise UserError(
-            f"{where}: {found.parameters:,} parameters at d_ff {d_ff} and the size has {target:,} ± {TOLERANCE:.1%}: one "
-            "column of the MLPs, or d_ff_multiple, is too coarse: make the size larger, or that smaller"
+            f"{where}: {found.parameters:,} parameters at d_ff {d_ff} and the size has {target:,} ± {TOLERANCE:.1%}: "
+            "a column of the MLPs, or d_ff_multiple, is too coarse: make the size larger, or that smaller"
         )
     return found
 
