@@ -96,8 +96,9 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
-    """seconds_per_step (median), score_tokens_per_second, peak_bytes of a step (live tensors, weights and moments
-    included), start_seconds (to build). On tokens drawn at random: the time does not depend on what they say.
+    """tokens_per_step, seconds_per_step (median), score_tokens_per_second, peak_bytes of a step (live tensors, weights
+    and moments included), start_seconds (to build). On tokens drawn at random: the time does not depend on what they
+    say.
     """
     started = time.perf_counter()
     mesh = init_mesh(config.parallel, device=config.device)
@@ -121,6 +122,7 @@ def measure(config: RunConfig) -> dict[str, Any]:
     started = time.perf_counter()
     engine.score(micro_batches[0].tokens, micro_batches[0].labels)
     return {
+        "tokens_per_step": training.global_batch_tokens,
         "seconds_per_step": sorted(seconds)[len(seconds) // 2],
         "score_tokens_per_second": micro_batches[0].tokens.numel() / (time.perf_counter() - started),
         "peak_bytes": max(sum(peak.values()) for peak in meter.peaks.values()),

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from equal_parameters import parameters, solve_d_ff
 
 from sisa_dist.config import ModelConfig, RunConfig, UserError, parse_config
 from sisa_dist.config.mixers import MIXER_NAMES, WITH_SSM_HEADS
-from sisa_dist.model import build_model, num_parameters
 
 CORE = ("attention", "mamba3", "fox", "sisa")
 TOLERANCE = 0.005  # of the parameters
@@ -66,7 +65,7 @@ def systems() -> dict[str, dict[str, Any]]:
 
 def missing(keys: dict[str, Any]) -> list[str]:
     """Mixers and keys of `model:` that a system needs and this version has not."""
-    mixers = [mixer for mixer in _mixers(keys) if mixer not in MIXER_NAMES]
+    mixers = [mixer for mixer in mixers_of(keys) if mixer not in MIXER_NAMES]
     return mixers + [key for key in keys if key != "pattern" and key not in ModelConfig.model_fields]
 
 
@@ -94,22 +93,21 @@ def match(base: RunConfig, name: str) -> Matched:
     target = parameters(base)
     keys = dict(systems()[name])
     if keys.get("mlp") == "none":
-        depths = [_laid_over(base, keys, n_layers=n) for n in range(1, 8 * base.model.n_layers)]
+        depths = [lay_over(base, keys, n_layers=n) for n in range(1, 8 * base.model.n_layers)]
         best = min(depths, key=lambda config: abs(parameters(config) - target))
         return Matched(best, parameters(best), target)
-    # From differences at two sizes, so that no mixer has to know its own formula.
-    low, high = (parameters(_laid_over(base, keys, d_ff=d_ff)) for d_ff in (8, 16))
-    if high == low:
+    d_ff = solve_d_ff(lambda d_ff: lay_over(base, keys, d_ff=d_ff), target)
+    if d_ff is None:
         raise UserError(
             f"{base.name}: no layer of it has an MLP, whose width makes systems equal: leave model.mlp as it is"
         )
-    d_ff = 8 + round((target - low) * 8 / (high - low))
     if d_ff < 1:
+        least = parameters(lay_over(base, keys, d_ff=1))
         raise UserError(
-            f"{name}: without any MLP it has {low:,} parameters and {base.name} wants {target:,}: raise model.d_ff of "
-            "the task's config (--set TASK.model.d_ff=…)"
+            f"{name}: with next to no MLP it has {least:,} parameters and {base.name} wants {target:,}: raise "
+            "model.d_ff of the task's config (--set TASK.model.d_ff=…)"
         )
-    config = _laid_over(base, keys, d_ff=d_ff)
+    config = lay_over(base, keys, d_ff=d_ff)
     found = Matched(config, parameters(config), target)
     if abs(found.excess) > TOLERANCE:
         raise UserError(
@@ -119,20 +117,11 @@ def match(base: RunConfig, name: str) -> Matched:
     return found
 
 
-def parameters(config: RunConfig) -> int:
-    """Of a learned d_s those of the model that its budget leaves."""
-    model = config.model
-    if model.learned_d_s is not None and model.learned_d_s.budget is not None:
-        d_s = round(model.learned_d_s.budget / 2) * 2
-        model = ModelConfig(**(model.model_dump() | {"d_s": [d_s if has else 0 for has in model.layer_d_s]}))
-    with torch.device("meta"):
-        return num_parameters(build_model(model, attention=config.attention))
-
-
-def _laid_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
+def lay_over(base: RunConfig, keys: dict[str, Any], **size: int) -> RunConfig:
+    """`base` with a system's keys over its model, and sizes that its mixers need and the keys do not give."""
     tree = base.model_dump()
     model, seq_len = tree["model"], base.training.seq_len
-    mixers = _mixers(keys)
+    mixers = mixers_of(keys)
     model |= {key: value for key, value in keys.items() if key != "pattern"} | size
     if keys.get("ssmax"):
         model["ssmax"] = seq_len
@@ -168,5 +157,5 @@ def _proportions(base: RunConfig, mixers: list[str], layers: list[str]) -> dict[
     return found
 
 
-def _mixers(keys: dict[str, Any]) -> list[str]:
+def mixers_of(keys: dict[str, Any]) -> list[str]:
     return list(keys["pattern"]) if "pattern" in keys else [keys["mixer"]]

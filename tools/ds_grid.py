@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).parent))  # the module beside this one, when it is imported rather than run
+
+from equal_parameters import parameters, solve_d_ff
 
 from sisa_dist.checkpoint import list_checkpoints, read_state
 from sisa_dist.config import RunConfig, UserError, dump_config, load_config, parse_config, replace_file
-from sisa_dist.model import build_model, num_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = {  # channels per head; beyond 192 nothing is left of the MLP at 369M
@@ -85,19 +86,13 @@ def point(scale: str, d_s: int, overrides: Sequence[str], out: Path) -> Point:
     """Raises UserError where no MLP would be left, or the overrides do not fit."""
     base = load_config(ROOT / "configs" / "paper" / f"{scale}_transformer.yaml", overrides)
     name, target = f"{scale}_ds{d_s}", parameters(base)
-    low, high = (parameters(_laid_over(base, name, d_s, d_ff, out)) for d_ff in (8, 16))
-    if high == low:
+    d_ff = solve_d_ff(lambda d_ff: _laid_over(base, name, d_s, d_ff, out), target)
+    if d_ff is None:
         raise UserError(f"{base.name}: no layer of it has an MLP, whose width makes all points equal: leave model.mlp")
-    d_ff = 8 + round((target - low) * 8 / (high - low))  # linear in d_ff
     if d_ff < 1:
         raise UserError(f"d_s {d_s} at {scale}: its term alone outweighs the MLP: give less by --d-s")
     config = _laid_over(base, name, d_s, d_ff, out)
     return Point(out / "configs" / f"{name}.yaml", config, parameters(config), target)
-
-
-def parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        return num_parameters(build_model(config.model))
 
 
 def _laid_over(base: RunConfig, name: str, d_s: int, d_ff: int, out: Path) -> RunConfig:

@@ -4,7 +4,7 @@ from sisa_dist.config.data import DataConfig, SourceConfig, TokenizerConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.evaluation import EvaluationConfig, PositionsConfig, RetrievalConfig
 from sisa_dist.config.files import replace_file, sync
-from sisa_dist.config.load import dump_config, load_config, parse_config
+from sisa_dist.config.load import dump_config, load_config, parse_config, parse_section, read_tree
 from sisa_dist.config.mixers import FoxConfig
 from sisa_dist.config.model import ModelConfig
 from sisa_dist.config.rope import RopeScalingConfig
@@ -47,6 +47,8 @@ __all__ = [
     "load_config",
     "load_run",
     "parse_config",
+    "parse_section",
+    "read_tree",
     "replace_file",
     "sync",
 ]

@@ -6,14 +6,16 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from sisa_dist.config.data import SourceConfig
 from sisa_dist.config.errors import UserError
 from sisa_dist.config.schema import RunConfig
+from sisa_dist.config.section import Section
+
+_S = TypeVar("_S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,10 +80,15 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 def parse_config(tree: dict[str, Any], *, source: str) -> RunConfig:
     """`tree` as a RunConfig; errors are one line that starts with `source`."""
+    return parse_section(RunConfig, tree, source=source)
+
+
+def parse_section(kind: type[_S], tree: dict[str, Any], *, source: str) -> _S:
+    """`tree` as a `kind`; errors as of `parse_config`."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
+        raise UserError(f"{source}: {_explain(error, kind)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -142,13 +149,13 @@ def _entry(entries: list[Any], name: str, dotted: str) -> Any:
     return named[name]
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem as `key: what is wrong and what to do`."""
     problem = error.errors()[0]
     where = tuple(part for part in problem["loc"] if isinstance(part, int) or not _is_union_tag(str(part)))
     key = ".".join(str(part) for part in where)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
+        known = _known_keys(where[:-1], root)
         near = difflib.get_close_matches(str(where[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -164,13 +171,16 @@ def _is_union_tag(part: str) -> bool:
     return "[" in part or part in {"int", "str", "float", "literal", "constrained-int", "list", "learned_d_s"}
 
 
-def _known_keys(where: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _known_keys(where: tuple[Any, ...], root: type[BaseModel]) -> list[str]:
+    section = root
     for part in where:
-        inner: Any = section if section is SourceConfig else section.model_fields[str(part)].annotation
-        if part == "mixture":
-            inner = SourceConfig  # and again at the source's name
-        found = [kind for kind in _kinds(inner) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if str(part) not in section.model_fields:
+            continue  # the name or the number of an entry: a mixture's source
+        found = [
+            kind
+            for kind in _kinds(section.model_fields[str(part)].annotation)
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
         if not found:
             return []
         section = found[0]

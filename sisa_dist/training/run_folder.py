@@ -110,6 +110,24 @@ def _refuse_other_run(stored: Path, run: Run) -> None:
         raise _changed(stored, *differs, remedy="set another output_dir to start anew")
 
 
+def keys_that_count(config: RunConfig) -> dict[str, Any]:
+    """The dotted keys that alter the result, those that may not change between sittings of a run, and their values."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            dotted = prefix + key
+            if dotted in _FREE or _FREE_SOURCE.fullmatch(dotted):
+                continue
+            if isinstance(value, dict):
+                walk(value, dotted + ".")
+            else:
+                found[dotted] = value
+
+    walk(config.model_dump(), "")
+    return found
+
+
 def refuse_changes(source: Path, config: RunConfig, *, new_stage: bool) -> None:
     """Raises UserError where `config` would not go on as the run did whose checkpoint wrote config.yaml `source`.
 

@@ -134,7 +134,8 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
 
 
 def test_every_shipped_config_is_valid() -> None:
-    paths = sorted((ROOT / "configs").rglob("*.yaml"))
+    # Those of a sweep are grids: tests/tools/test_sweep_rules.py
+    paths = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "scaling")
     assert len(paths) >= 16
     for path in paths:
         for stage in load_run(path).stages:
