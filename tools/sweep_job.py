@@ -66,17 +66,17 @@ class Job:
         if until_eof:
             threading.Thread(target=_tell_of_eof, daemon=True).start()
         with self.lock.open("w") as lock, self.log.open("ab") as log:
-            code, why = self._locked(lock, log)
+            if not _lock(lock, lambda: self.asked is not None):  # what it ends with, who holds it will say
+                return AGAIN if self.asked is not None else 2
+            code, why = self._locked(log)
         if code != AGAIN:
             beside = self.ended.with_suffix(".tmp")
             beside.write_text(json.dumps({"code": code, "why": why, "host": socket.gethostname()}), encoding="utf-8")
             os.replace(beside, self.ended)
         return code
 
-    def _locked(self, lock: IO[str], log: IO[bytes]) -> tuple[int, str]:
+    def _locked(self, log: IO[bytes]) -> tuple[int, str]:
         """(exit code, why)."""
-        if not _lock(lock, lambda: self.asked is not None):
-            return (AGAIN, "") if self.asked is not None else (2, "another process is at work on this run")
         self.ended.unlink(missing_ok=True)  # of an earlier try
         if self.final.is_file():
             return 0, ""

@@ -28,12 +28,14 @@ def with_next(grid: Grid, fit: Path | None, *, keep: bool) -> Grid:
     if fit is None:
         return grid
     chosen = choose_next(grid, fit)
+    extended = _extended(grid, chosen, str(fit))
+    make_runs(extended)  # raises where they cannot be: what is kept is read by every later command
     if keep:
         before = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {"sizes": {}, "grids": []}
         both = {"sizes": before["sizes"] | chosen["sizes"], "grids": before["grids"] + chosen["grids"]}
         stored.parent.mkdir(parents=True, exist_ok=True)
         replace_file(stored, json.dumps(both, indent=1))
-    return _extended(grid, chosen, str(fit))
+    return extended
 
 
 def choose_next(grid: Grid, fit: Path) -> dict[str, Any]:
@@ -97,7 +99,9 @@ def _fits(path: Path) -> list[dict[str, Any]]:
     """One of each group that has an optimum: the parametric one where there is one."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["fits"]
-        entries = [entry for entry in entries if entry.get("optimum")]
+        for entry in entries:
+            entry["optimum"] = [best for best in entry.get("optimum") or [] if best["parameters"] is not None]
+        entries = [entry for entry in entries if entry["optimum"]]
         groups: dict[str, dict[str, Any]] = {}
         for entry in sorted(entries, key=lambda entry: entry["form"] != "chinchilla"):
             groups.setdefault(json.dumps(entry["where"], sort_keys=True), entry)

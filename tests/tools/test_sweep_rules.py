@@ -210,7 +210,7 @@ def test_a_fit_chooses_the_next_runs_and_they_stay(tmp_path: Path, capsys: pytes
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run_sweep, "_prepare", lambda config: None)
         assert run_sweep.main(script) == 0
-    assert (tmp_path / "out" / "slurm_runs.txt").read_text() == "n3e5_sisa_ds8_c1e11_s0\n"
+    assert "\nruns=(n3e5_sisa_ds8_c1e11_s0)\n" in (tmp_path / "out" / "sweep.sbatch").read_text()
     capsys.readouterr()
     assert run_sweep.main(plan) == 0 and "n3e5_sisa_ds8_c1e11_s0" in capsys.readouterr().out
     assert run_sweep.main([*plan, "--next", str(chosen)]) == 2
@@ -245,11 +245,11 @@ def test_a_script_for_slurm(
         assert text.count(f"#SBATCH --{line}\n") == 1
     assert text.count("--nodes=") == text.count("--job-name=") == 1 and text.startswith("#!/bin/bash\n")
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text and "trap 'signalled=yes; kill -USR1 $run' USR1" in text
-    names = (out / "slurm_runs.txt").read_text(encoding="utf-8").split()
-    assert names == [run.name for run in make_runs(load_grid(path))]
-    # A task runs the job of its line, and what a signal does is the template's.
+    names = [run.name for run in make_runs(load_grid(path))]
+    # A task runs the job of its number, and what a signal does is the template's.
+    (listed,) = [line for line in text.splitlines() if line.startswith("runs=")]
     (job,) = [line for line in text.splitlines() if "sweep_job.py" in line]
     environment = {"SLURM_ARRAY_TASK_ID": "2", "PATH": os.environ["PATH"]}
-    told = ["bash", "-c", f"echo {job.removesuffix(' &')}"]
+    told = ["bash", "-c", f"{listed}; echo {job.removesuffix(' &')}"]
     found = subprocess.run(told, env=environment, capture_output=True, text=True)
     assert found.stdout.split()[-3:] == [str(out), names[1], "--launch"]
