@@ -78,7 +78,10 @@ def fit_d_s(points: Points, *, draws: int, seed: int) -> DsLaw:
     """Raises UserError where sizes, d_s or runs are too few to tell the laws apart."""
     points = points[np.isfinite(points.d_s)]
     sizes, tried = _sizes(points), np.unique(points.d_s)
-    for found, what in ((len(np.unique(sizes)), "model sizes"), (len(tried), "values of d_s")):
+    several = [
+        size for size in np.unique(sizes) if len(np.unique(points.d_s[sizes == size])) > 1
+    ]  # others tell nothing
+    for found, what in ((len(several), "model sizes of several d_s"), (len(tried), "values of d_s")):
         if found < 3:
             raise UserError(f"the law of d_s needs at least 3 {what}, and there are {found}")
     if len(points) < 12:

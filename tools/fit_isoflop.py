@@ -132,7 +132,8 @@ def describe_line(
 
 
 def _parabola(points: Points, draws: int, generator: np.random.Generator) -> Slice:
-    """Draws: the residuals are shuffled, since a slice has too few runs to leave some out."""
+    """Draws: residuals are drawn anew, since a slice has too few runs to leave some out. A parabola through every run
+    has none, and what else it could be is not known: nan."""
     n = np.log(points.parameters)
     middle = float(n.mean())
     powers = np.stack([np.ones_like(n), n - middle, (n - middle) ** 2], 1)
@@ -140,9 +141,9 @@ def _parabola(points: Points, draws: int, generator: np.random.Generator) -> Sli
     curve = solve @ points.loss
     residual = points.loss - powers @ curve
     free = len(n) - 3
-    spread = residual * np.sqrt(len(n) / free) if free > 0 else 0 * residual
-    shuffled = generator.choice(spread, size=(draws, len(n)))
-    curves = (powers @ curve + shuffled) @ solve.T
+    spread = residual * np.sqrt(len(n) / free) if free > 0 else np.full(len(n), np.nan)
+    drawn = generator.choice(spread, size=(draws, len(n)))
+    curves = (powers @ curve + drawn) @ solve.T
     flops = float(np.exp(np.log(points.flops).mean()))
     return Slice(flops, points, middle, curve, float(_lowest(curve[None], middle)[0]), _lowest(curves, middle))
 

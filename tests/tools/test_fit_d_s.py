@@ -119,3 +119,11 @@ def test_intervals_hold_as_often_as_they_say(kind: str) -> None:
 def test_a_law_is_seldom_seen_where_there_is_none() -> None:
     chosen = [fit_d_s(make_runs("none", seed), draws=0, seed=0).chosen for seed in range(200, 240)]
     assert chosen.count("none") >= 34
+
+
+def test_a_size_of_one_d_s_tells_nothing_of_its_best() -> None:
+    points = make_runs("power", 3)
+    some = np.unique(np.round(np.log(points.parameters), 1))[:2]
+    kept = points[np.isin(np.round(np.log(points.parameters), 1), some) | (points.d_s == 16)]
+    with pytest.raises(UserError, match="at least 3 model sizes of several d_s, and there are 2"):
+        fit_d_s(kept, draws=0, seed=0)

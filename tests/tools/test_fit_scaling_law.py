@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from fit_forms import CHINCHILLA, OVER_TRAINING, law, optimum
-from test_fit_forms import CENTRE, THETA
+from fit_isoflop import describe_isoflop, fit_isoflop
+from test_fit_forms import CENTRE, THETA, make_points
 
 PUBLIC = Path(__file__).parents[3] / "shared" / "data" / "scaling_laws"
 EPOCH = PUBLIC / "chinchilla_epoch/svg_extracted_data.csv"
@@ -147,6 +148,18 @@ def test_isoflop_slices_and_training_curves_find_the_laws_optimum(tmp_path: Path
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_parabola_through_every_run_has_no_interval() -> None:
+    """Three sizes leave no residual to draw from; four do."""
+    flops = np.repeat([1e15, 4e15], 4)
+    n = np.sqrt(flops / 100) * np.tile([0.5, 0.8, 1.3, 2.0], 2)
+    noise = 0.003 * np.random.default_rng(0).standard_normal(len(n))
+    points = make_points(n, flops / (6 * n), np.exp(0.02 * np.log(n / np.sqrt(flops / 100)) ** 2 + noise))
+    for kept, known in ((np.arange(8), True), (np.arange(8) % 4 != 1, False)):
+        entry = describe_isoflop(fit_isoflop(points[kept], draws=100, seed=0, factor=6.0), [])
+        assert (entry["intervals"]["N_exponent"] is not None) == known
+        assert all((part["interval"] is not None) == known for part in entry["slices"])
+
+
 def test_a_slice_whose_lowest_point_was_not_tried_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +224,7 @@ def test_curves_of_run_folders(tmp_path: Path) -> None:
         ),
         (["--form", "envelope"], "needs --curves"),
         (["--form", "envelope", "--curves", "nothing.csv"], "no such file"),
-        (["--form", "d_s"], "at least 3 model sizes, and there are 0"),
+        (["--form", "d_s"], "at least 3 model sizes of several d_s, and there are 0"),
         (["--loss-column", "d_s"], "32 of 32 rows are not positive numbers"),
         (["--out", "{table}"], "cannot be made"),
     ],
