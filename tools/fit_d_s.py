@@ -18,13 +18,12 @@ import numpy as np
 from fit_forms import OVER_TRAINING, predict_chinchilla
 from fit_optimise import Array, Objective, best_of_grid, refit, reweighted
 from fit_parametric import interval
-from fit_table import Points
+from fit_table import Points, clusters
 
 from sisa_dist.config import UserError
 
 LAWS = ("none", "constant", "power")
 SURE = 1.0  # standard errors of the difference by which a richer law has to be better
-_SAME = 1.05  # sizes, and token budgets, within 5 % are one: d_ff solved for equal size leaves 0.5 %
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ _PREDICT = {"none": _predict_none, "constant": predict_d_s, "power": predict_d_s
 def fit_d_s(points: Points, *, draws: int, seed: int) -> DsLaw:
     """Raises UserError where sizes, d_s or runs are too few to tell the laws apart."""
     points = points[np.isfinite(points.d_s)]
-    sizes, tried = _sizes(points), np.unique(points.d_s)
+    sizes, tried = clusters(points.parameters), np.unique(points.d_s)
     several = [
         size for size in np.unique(sizes) if len(np.unique(points.d_s[sizes == size])) > 1
     ]  # others tell nothing
@@ -175,21 +174,6 @@ def _starts(base: Array, z: Array) -> Array:
     return np.array([[*base, cost, place] for cost in np.log([1e-4, 1e-3, 1e-2, 0.1]) for place in places])
 
 
-def _sizes(points: Points) -> Array:
-    """The number of each run's size: sizes within 5 % of the smallest of them are one."""
-    return _clusters(points.parameters)
-
-
-def _clusters(values: Array) -> Array:
-    order, found, start = np.argsort(values, kind="stable"), np.zeros(len(values), np.int64), None
-    number = -1
-    for i in order:
-        if start is None or values[i] > _SAME * start:
-            start, number = values[i], number + 1
-        found[i] = number
-    return found
-
-
 def _choose(
     objectives: dict[str, Objective], ends: dict[str, Array], points: Points, sizes: Array
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]], str]:
@@ -219,7 +203,7 @@ def _within_cells(error: Array, sizes: Array, points: Points) -> Array:
 
     What a law of N and D gets wrong about a size it has not seen is the same for every d_s, and would drown the rest.
     """
-    cell = sizes * (len(points) + 1) + _clusters(points.tokens)
+    cell = sizes * (len(points) + 1) + clusters(points.tokens)
     _, which, count = np.unique(cell, return_inverse=True, return_counts=True)
     if (count[which] > 1).mean() < 0.5:
         return error

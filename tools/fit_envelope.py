@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from fit_isoflop import describe_line
 from fit_optimise import Array
-from fit_table import Points
+from fit_table import Points, clusters
 from plot_run import _smooth
 
 from sisa_dist.config import UserError
@@ -41,6 +41,8 @@ def fit_envelope(points: Points, curves: dict[str, Array], *, draws: int, seed: 
     if len(runs) < 3:
         raise UserError(f"the minimum over training curves needs the curves of 3 runs, and there are {len(runs)}")
     sizes = np.log(points.parameters[runs])
+    alike = clusters(points.parameters[runs])
+    sizes = np.array([sizes[alike == i].mean() for i in alike])  # a change between equal sizes is none
     places, loss = _table([curves[points.run[i]] for i in runs])
     found = _lowest(places, loss, sizes)
     if found is None:
@@ -51,8 +53,7 @@ def fit_envelope(points: Points, curves: dict[str, Array], *, draws: int, seed: 
     for _ in range(draws):  # runs are drawn, with their whole curves
         chosen = np.unique(generator.integers(0, len(runs), len(runs)))
         again = _lowest(places, loss[chosen], sizes[chosen])
-        if again is not None:
-            drawn.append(again[2])
+        drawn.append([np.nan, np.nan] if again is None else again[2])
     kept = np.array(drawn).reshape(-1, 2)
     return Envelope(np.exp(flops), np.exp(n), float(np.exp(line[0])), float(line[1]), kept, factor, len(runs))
 

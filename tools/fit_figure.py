@@ -17,7 +17,7 @@ from fit_isoflop import IsoFlop
 from fit_optimise import Array
 from fit_parametric import INTERVAL, Fit
 from fit_repeated import RepeatedFit
-from fit_table import Points
+from fit_table import Points, clusters
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import EngFormatter, NullFormatter
@@ -72,7 +72,8 @@ def _loss(axis: Axes, found: Found) -> None:
     colours = plt.get_cmap("viridis_r")
     marks = axis.scatter(points.flops, points.loss, c=points.parameters, norm=norm, cmap=colours, s=18, zorder=3)
     axis.figure.colorbar(marks, ax=axis, label="parameters", format=EngFormatter(sep=""))
-    sizes = np.unique(points.parameters)
+    alike = clusters(points.parameters)
+    sizes = np.array([points.parameters[alike == i].mean() for i in range(alike.max() + 1)])
     for size in sizes[np.unique(np.linspace(0, len(sizes) - 1, 7).round().astype(int))]:
         tokens = np.geomspace(points.tokens.min(), points.tokens.max(), 60)
         line = fit.loss(np.full(60, size), tokens)

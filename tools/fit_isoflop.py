@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 from fit_optimise import Array
 from fit_parametric import interval, power_law
-from fit_table import Points
+from fit_table import EQUAL_FLOPS, Points, clusters
 
 from sisa_dist.config import UserError
-
-WIDTH = 1.1  # runs within 10 % of the FLOPs of a slice's smallest run are of that slice
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,9 @@ class IsoFlop:
 
 def slices_of(points: Points) -> list[Points]:
     """Slices with at least 3 different sizes, by rising FLOPs."""
-    order = np.argsort(points.flops, kind="stable")
-    found: list[list[int]] = []
-    for i in order:
-        if found and points.flops[i] <= WIDTH * points.flops[found[-1][0]]:
-            found[-1].append(int(i))
-        else:
-            found.append([int(i)])
-    parts = [points[np.array(part)] for part in found]
-    return [part for part in parts if len(np.unique(part.parameters)) >= 3]
+    number = clusters(points.flops, EQUAL_FLOPS)
+    parts = [points[number == i] for i in range(number.max() + 1)]
+    return [part for part in parts if clusters(part.parameters).max() >= 2]
 
 
 def fit_isoflop(points: Points, *, draws: int, seed: int, factor: float) -> IsoFlop:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from fit_forms import Form, law, optimum
 from fit_optimise import Array, Objective, best_of_grid, refit, resamples, reweighted
-from fit_table import Points
+from fit_table import EQUAL_FLOPS, Points, clusters
 
 from sisa_dist.config import UserError
 
@@ -47,7 +47,6 @@ class Fit:
     value: float
     draws: Array
     starts: int
-    ends: Array  # [K, P]: the best different minima, theta first
     held_out: HeldOut | None = field(default=None)
 
     def loss(self, parameters: Array, tokens: Array) -> Array:
@@ -58,19 +57,14 @@ class Fit:
         return self.form.loss(self.draws, self.centre, parameters, tokens)
 
 
-def fit_form(
-    form: Form, points: Points, *, squares: bool | None, draws: int, seed: int, like: Fit | None = None
-) -> Fit:
-    """`like`: a fit whose minima to start from instead of the form's grid.
-
-    Raises UserError where the points cannot tell the law's parameters apart.
-    """
+def fit_form(form: Form, points: Points, *, squares: bool | None, draws: int, seed: int) -> Fit:
+    """Raises UserError where the points cannot tell the law's parameters apart."""
     _enough(form, points)
     x = points.log()
-    centre = x.mean(0) if like is None else like.centre
+    centre = x.mean(0)
     by = form.squares if squares is None else squares
     objective = Objective(form.predict, x - centre, np.log(points.loss), squares=by)
-    grid = form.grid(centre, float(np.log(points.loss).mean())) if like is None else like.ends
+    grid = form.grid(centre, float(np.log(points.loss).mean()))
     theta, ends = best_of_grid(objective, grid)
     drawn = np.zeros((0, len(theta)))
     if draws:
@@ -78,7 +72,7 @@ def fit_form(
         # A resample needs as many different runs as the law has parameters; of few runs many have fewer.
         weights = weights[(weights > 0).sum(1) > len(theta)]
         drawn, _ = refit(reweighted(objective, weights), ends[:2], len(weights))
-    return Fit(form, points, centre, theta, objective.value(theta), drawn, len(grid), ends)
+    return Fit(form, points, centre, theta, objective.value(theta), drawn, len(grid))
 
 
 def extrapolation(fit: Fit, points: Points, rule: str) -> HeldOut:
@@ -90,7 +84,7 @@ def hold_out_largest(fit: Fit, *, squares: bool | None) -> HeldOut | None:
     """The law fitted without the fifth of the runs with the most FLOPs, on those. None where too few would be left."""
     mask = without_largest(fit.points)
     try:
-        smaller = fit_form(fit.form, fit.points[mask], squares=squares, draws=0, seed=0, like=fit)
+        smaller = fit_form(fit.form, fit.points[mask], squares=squares, draws=0, seed=0)
     except UserError:
         return None
     return extrapolation(smaller, fit.points[~mask], rule_of(mask))
@@ -99,11 +93,12 @@ def hold_out_largest(fit: Fit, *, squares: bool | None) -> HeldOut | None:
 def without_largest(points: Points) -> Array:
     """True for the runs to fit when those with the most FLOPs are held out, [n].
 
-    Runs as large as the smallest held out are held out with it: an IsoFLOP slice is not cut in two.
+    An IsoFLOP slice is held out whole.
     """
     order = np.argsort(points.flops, kind="stable")
-    edge = points.flops[order[len(order) - max(1, round(HELD_OUT_SHARE * len(order)))]]
-    return points.flops < edge * (1 - 1e-6)
+    edge = order[len(order) - max(1, round(HELD_OUT_SHARE * len(order)))]
+    number = clusters(points.flops, EQUAL_FLOPS)
+    return number < number[edge]
 
 
 def rule_of(mask: Array) -> str:
@@ -171,6 +166,6 @@ def _enough(form: Form, points: Points) -> None:
     if len(points) <= unknowns:
         raise UserError(f"{form.name} has {unknowns} unknowns and there are {len(points)} runs: it needs more of them")
     for values, what in ((points.parameters, "model sizes"), (points.tokens, "token budgets")):
-        found = len(np.unique(values))
+        found = int(clusters(values).max()) + 1
         if found < 3:
             raise UserError(f"{form.name} needs at least 3 {what}, and there are {found}")

@@ -7,7 +7,9 @@ python tools/fit_scaling_law.py ANY.csv --params-column "Model Size" --flops-col
 
 The table is a csv or parquet with a row a run; of one that has a column `status` only the finished rows count. Its
 columns are those of run_sweep's (parameters, tokens, flops, loss, d_s, run) unless named here. With --flops-column and
-no --tokens-column, D = C / (6·N).
+no --tokens-column, D = C / (6·N). The best N and D for a budget C have C = k·N·D, where k is the median of the group's
+own runs, or 6 in a table without FLOPs, or --flops-factor. N is as counted in its column: --params-column
+parameters_non_embedding takes run_sweep's other count.
 
 --form, several with commas; without it all that the table has the runs for:
   chinchilla, kaplan, over_training   laws of the loss in N and D, Huber on log loss (over_training: least squares)
@@ -17,9 +19,10 @@ no --tokens-column, D = C / (6·N).
   d_s                                 is there a best d_s, and does it depend on N?
 
 It writes into --out (default: fit/ beside the table) a picture for each group and fit.json:
-  {"table", "factor": C/(N·D) of the optima, "ratio": the runs' own, "rows": {"used", "left_out": {status: rows}},
-   "fits": [{"where": {column: value}, "form", "source", "parameters": {name: value}, "intervals": {name: [low, high]},
-             "objective", "points", "starts", "draws", "held_out_error": mean |predicted/measured − 1|, "held_out",
+  {"table", "columns": {"parameters": that of N, ...}, "rows": {"used", "left_out": {status: rows}}, "notes": [line],
+   "fits": [{"where": {column: value}, "form", "source", "factor": C/(N·D) of the optima, "ratio": the runs' own,
+             "parameters": {name: value}, "intervals": {name: [low, high]}, "objective", "points", "starts", "draws",
+             "held_out_error": mean |predicted/measured − 1|, "held_out",
              "law": {"N_coefficient", "N_exponent", "D_coefficient", "D_exponent", their intervals},
              "optimum": [{"flops", "parameters", "tokens", "loss", "intervals": {...}}]}],
    "d_s": [{"where", "chosen": "none"|"constant"|"power", "verdict", "held_out_error", "laws", "optimum":
@@ -31,9 +34,10 @@ A value that is not known is null. Intervals are of 95 %.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ from fit_envelope import describe_envelope, fit_envelope
 from fit_figure import Found, draw
 from fit_forms import FORMS
 from fit_isoflop import describe_isoflop, fit_isoflop
+from fit_optimise import Array
 from fit_parametric import HeldOut, describe, extrapolation, fit_form, hold_out_largest
 from fit_repeated import describe_repeated, fit_repeated, hold_out_repeated
 from fit_table import Columns, Points, finished, groups, points, query, read_curves, read_table, where
@@ -86,11 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--curves", type=Path, help="folder of run folders, or a table with run, loss, flops or tokens")
     parser.add_argument("--budget", action="append", type=float, metavar="FLOPS", help="repeat; default: ×10 and ×100")
     parser.add_argument("--unique-tokens", type=float, metavar="N", help="of the budgets; default: the table's largest")
-    parser.add_argument("--flops-factor", type=float, default=6.0, metavar="K", help="C = K·N·D (default 6)")
+    parser.add_argument("--flops-factor", type=float, metavar="K", help="C = K·N·D; default: as the runs have it")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="0: no intervals")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     return parser
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are fitted together. `factor`: C / (N·D) of their optima."""
+
+    label: dict[str, object]
+    frame: pd.DataFrame
+    runs: Points
+    held_out: Points | None
+    factor: float
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +115,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     frame, left_out = finished(read_table(arguments.table), arguments.table)
     frame = where(frame, arguments.where, arguments.table)
     parts = groups(frame, [name for name in arguments.by.split(",") if name], arguments.table)
+    found = [_group(arguments, columns, label, part) for label, part in parts]
+    budgets = _budgets(arguments, np.concatenate([group.runs.flops for group in found]))
     out = _out(arguments)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,54 +124,75 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{out}: cannot be made ({error.strerror}): name another --out FOLDER") from None
     result: dict[str, Any] = {
         "table": str(arguments.table),
-        "factor": arguments.flops_factor,
-        "rows": {"used": 0, "left_out": left_out},
-        "ratio": [],
+        "columns": dataclasses.asdict(columns),
+        "rows": {"used": sum(len(group.runs) for group in found), "left_out": left_out},
+        "notes": list(dict.fromkeys(note for group in found for note in _notes(group, columns))),
         "fits": [],
         "d_s": [],
         "skipped": [],
     }
-    for label, part in parts:
-        _group(arguments, forms, columns, label, part, result)
+    for group in found:
+        _fit(arguments, forms, columns, group, budgets, result)
     if not result["fits"] and not result["d_s"]:
         raise UserError("nothing could be fitted: " + "; ".join(dict.fromkeys(s["reason"] for s in result["skipped"])))
-    result["ratio"] = float(np.median(result["ratio"]))
     write_results(out / "fit.json", result)
     return result
 
 
-def _group(
+def _group(arguments: argparse.Namespace, columns: Columns, label: dict[str, object], frame: pd.DataFrame) -> _Group:
+    fitted, predicted = _split(arguments, frame)
+    factor = arguments.flops_factor or 6.0
+    runs = _drop_largest(points(fitted, columns, arguments.table, factor), arguments.drop_largest)
+    held_out = None if predicted is None else points(predicted, columns, arguments.table, factor)
+    return _Group(label, frame, runs, held_out, arguments.flops_factor or runs.ratio)
+
+
+def _notes(group: _Group, columns: Columns) -> Iterator[str]:
+    """What a reader of the figures should know of the runs behind them."""
+    name = _named({"where": group.label})
+    off = group.runs.ratio / group.factor
+    if not 0.9 < off < 1.1:
+        yield (
+            f"{name}the runs' FLOPs are {group.runs.ratio:.3g}·N·D (median), the optima are of C = {group.factor:g}"
+            "·N·D: without --flops-factor theirs are taken"
+        )
+    for column in ("mixer", columns.d_s):
+        if column in group.frame and group.frame[column].nunique() > 1:
+            values = ", ".join(str(value) for value in sorted(group.frame[column].dropna().unique()))
+            yield f"{name}runs of {column} {values} are fitted as one: --by {column} or --where {column}=… parts them"
+    passes = group.runs.tokens / group.runs.unique
+    repeated = int((passes > 1).sum())
+    if repeated:
+        yield (
+            f"{name}{repeated} of {len(group.runs)} runs saw tokens more than once (at most {np.nanmax(passes):.2g} "
+            "times): only the form `repeated` knows of that"
+        )
+
+
+def _fit(
     arguments: argparse.Namespace,
     forms: list[str],
     columns: Columns,
-    label: dict[str, object],
-    frame: pd.DataFrame,
+    group: _Group,
+    budgets: list[float],
     result: dict[str, Any],
 ) -> None:
     """Adds a group's entries to the result and draws its picture."""
-    fitted, predicted = _split(arguments, frame)
-    runs = points(fitted, columns, arguments.table, arguments.flops_factor)
-    runs = _drop_largest(runs, arguments.drop_largest)
-    held_out = None
-    if predicted is not None:
-        held_out = points(predicted, columns, arguments.table, arguments.flops_factor)
-    budgets = _budgets(arguments, runs)
-    result["rows"]["used"] += len(runs)
-    result["ratio"].append(runs.ratio)
-    found = Found(runs, held_out, budgets, arguments.flops_factor)
+    found = Found(group.runs, group.held_out, budgets, group.factor)
+    about = {"where": group.label, "factor": group.factor, "ratio": group.runs.ratio}
     for form in forms or _ALL:
         try:
-            entry = _one(form, arguments, frame, columns, found)
+            entry = _one(form, arguments, group.frame, columns, found)
         except UserError as error:
-            if forms and not label:  # asked for, and there is no other group that might do
+            if forms and not group.label:  # asked for, and there is no other group that might do
                 raise
-            result["skipped"].append({"where": label, "form": form, "reason": str(error)})
+            result["skipped"].append({"where": group.label, "form": form, "reason": str(error)})
             continue
-        result["d_s" if form == "d_s" else "fits"].append({"where": label} | entry)
+        result["d_s" if form == "d_s" else "fits"].append(about | entry)
     if found.fits or found.repeated or found.isoflop or found.envelope or found.d_s:
-        named = "_".join(str(value) for value in label.values())
+        named = "_".join(str(value) for value in group.label.values())
         safe = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in named)
-        title = ", ".join(f"{name} = {value}" for name, value in label.items()) or arguments.table.name
+        title = ", ".join(f"{name} = {value}" for name, value in group.label.items()) or arguments.table.name
         draw(found, title, _out(arguments) / f"fit{'_' * bool(safe)}{safe}.png")
 
 
@@ -161,7 +200,7 @@ def _one(
     form: str, arguments: argparse.Namespace, frame: pd.DataFrame, columns: Columns, found: Found
 ) -> dict[str, Any]:
     """The JSON entry of one form; what the picture needs goes into `found`."""
-    runs, factor = found.points, arguments.flops_factor
+    runs, factor = found.points, found.factor
     common: dict[str, Any] = {"draws": arguments.bootstrap, "seed": arguments.seed}
     if form in FORMS:
         squares = None if arguments.objective is None else arguments.objective == "squares"
@@ -202,15 +241,15 @@ def _forms(arguments: argparse.Namespace) -> list[str]:
     for name in forms:
         if name not in _ALL:
             raise UserError(f"--form {name}: no such form; there are {', '.join(_ALL)}")
-    if arguments.bootstrap < 0 or arguments.drop_largest < 0 or not arguments.flops_factor > 0:
+    if arguments.bootstrap < 0 or arguments.drop_largest < 0 or not (arguments.flops_factor or 1) > 0:
         raise UserError("--bootstrap and --drop-largest are 0 or more, --flops-factor is more than 0")
     return forms
 
 
 def _columns(arguments: argparse.Namespace) -> Columns:
     tokens, flops = arguments.tokens_column, arguments.flops_column
-    if tokens is None and flops is None:
-        tokens, flops = "tokens", "flops"
+    if flops is None:
+        tokens, flops = tokens or "tokens", "flops"
     return Columns(
         arguments.params_column,
         tokens,
@@ -242,13 +281,13 @@ def _drop_largest(runs: Points, count: int) -> Points:
     return runs[kept]
 
 
-def _budgets(arguments: argparse.Namespace, runs: Points) -> list[float]:
+def _budgets(arguments: argparse.Namespace, flops: Array) -> list[float]:
     if arguments.budget is None:
-        return [10 * float(runs.flops.max()), 100 * float(runs.flops.max())]
+        return [10 * float(flops.max()), 100 * float(flops.max())]
     for budget in arguments.budget:
-        if not runs.flops.min() <= budget < np.inf:
+        if not flops.min() <= budget < np.inf:
             raise UserError(
-                f"--budget {budget:g} is below the smallest run ({runs.flops.min():.3g} FLOPs): ask for that or more"
+                f"--budget {budget:g} is below the smallest run ({flops.min():.3g} FLOPs): ask for that or more"
             )
     return arguments.budget
 
@@ -260,12 +299,8 @@ def _out(arguments: argparse.Namespace) -> Path:
 def _print(result: dict[str, Any]) -> None:
     left_out = ", ".join(f"{count} {status}" for status, count in result["rows"]["left_out"].items())
     print(f"runs: {result['rows']['used']} fitted" + (f"; left out: {left_out}" if left_out else ""))
-    off = result["ratio"] / result["factor"]
-    if not 0.9 < off < 1.1:
-        print(
-            f"note: the runs' FLOPs are {result['ratio']:.3g}·N·D (median), the optima are of C = {result['factor']:g}"
-            f"·N·D (--flops-factor {result['ratio']:.3g} would take theirs)"
-        )
+    for note in result["notes"]:
+        print(f"note: {note}")
     for entry in result["fits"]:
         print(f"{_named(entry)}{entry['form']}: {entry['points']} runs, {entry['source']}")
         for name, value in entry["parameters"].items():
@@ -281,7 +316,7 @@ def _print(result: dict[str, Any]) -> None:
         for best in entry["optimum"]:
             each = [("N*", "parameters", ".3g"), ("D*", "tokens", ".3g"), ("loss", "loss", ".4f")]
             said = [f"{s} {best[n]:{f}}{_range(best['intervals'][n])}" for s, n, f in each if best[n] is not None]
-            print(f"    at {best['flops']:.3g} FLOPs: {', '.join(said)}")
+            print(f"    at {best['flops']:.3g} FLOPs: {', '.join(said)} (C = {entry['factor']:.3g}·N·D)")
     for entry in result["d_s"]:
         print(f"{_named(entry)}d_s: {entry['verdict']}")
     for entry in result["skipped"]:

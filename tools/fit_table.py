@@ -18,6 +18,9 @@ from pandas.api.types import is_numeric_dtype
 from sisa_dist.config import UserError
 from sisa_dist.training.metrics_file import read_metrics
 
+EQUAL_FLOPS = 1.1  # runs within 10 % of the FLOPs of a slice's smallest run are of that slice
+_SAME = 1.05  # sizes, and token budgets, within 5 % are one: d_ff solved for equal size leaves 0.5 %
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -59,6 +62,16 @@ class Points:
     def log(self) -> Array:
         """log N and log D, [n, 2]."""
         return np.stack([np.log(self.parameters), np.log(self.tokens)], 1)
+
+
+def clusters(values: Array, width: float = _SAME) -> Array:
+    """The number of each value's cluster, by rising value: up to `width` times the cluster's smallest are one."""
+    found, number, start = np.zeros(len(values), np.int64), -1, -np.inf
+    for i in np.argsort(values, kind="stable"):
+        if number < 0 or values[i] > width * start:
+            number, start = number + 1, values[i]
+        found[i] = number
+    return found
 
 
 def read_table(path: Path) -> pd.DataFrame:

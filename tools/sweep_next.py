@@ -1,6 +1,6 @@
 """The next runs of a sweep, from a fit of those before: the best size at each budget beyond the grid's largest.
 
-FIT.json is that of tools/fit_scaling_law.py; its N is taken to be counted as the grid's `count` says. A new size keeps
+FIT.json is that of tools/fit_scaling_law.py, with N counted as the grid's `count` says. A new size keeps
 the head width, the width to depth and the d_ff to width of the grid's largest, and meets N by d_ff. What a `run` chose
 stays in SWEEP/next.json, which every later command reads as more of the grid.
 """
@@ -43,7 +43,7 @@ def choose_next(grid: Grid, fit: Path) -> dict[str, Any]:
     largest = max(run.flops for run in make_runs(grid))
     sizes: dict[str, dict[str, Any]] = {}
     blocks: list[dict[str, Any]] = []
-    for entry in _fits(fit):
+    for entry in _fits(fit, grid.count):
         where = entry["where"]
         mixers = [where["mixer"]] if "mixer" in where else grid.grids[0].mixers
         d_s = [round(where["d_s"])] if where.get("d_s") is not None else grid.grids[0].d_s
@@ -95,10 +95,15 @@ def size_of(grid: Grid, wanted: float) -> dict[str, Any]:
     return keys(heads, d_ff)
 
 
-def _fits(path: Path) -> list[dict[str, Any]]:
+# The column of a sweep's table that holds N by each count of the grid.
+_COUNTED = {"total": "parameters", "non_embedding": "parameters_non_embedding"}
+
+
+def _fits(path: Path, count: str) -> list[dict[str, Any]]:
     """One of each group that has an optimum: the parametric one where there is one."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["fits"]
+        found = json.loads(path.read_text(encoding="utf-8"))
+        entries, column = found["fits"], found.get("columns", {}).get("parameters")
         for entry in entries:
             entry["optimum"] = [best for best in entry.get("optimum") or [] if best["parameters"] is not None]
         entries = [entry for entry in entries if entry["optimum"]]
@@ -111,6 +116,11 @@ def _fits(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name the fit.json of fit_scaling_law.py") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is no fit: name the fit.json of tools/fit_scaling_law.py") from None
+    if column != _COUNTED[count] and column in _COUNTED.values():
+        raise UserError(
+            f"{path}: its N is the column {column}, and the grid counts by `count: {count}`: fit again with "
+            f"--params-column {_COUNTED[count]}"
+        )
     return list(groups.values())
 
 
