@@ -21,6 +21,8 @@ from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import AXES, Mesh
 from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
 from sisa_dist.training.states import local_shapes, states
+from sisa_dist.training.traffic import Transfer
+from sisa_dist.training.work import Work
 from sisa_dist.training.zero import zero_peaks
 
 INSIDE = ("ep", "cp")  # axes laid over the ranks of dp_shard
@@ -48,6 +50,8 @@ class Estimate:
     peak_at: str
     peak_holds: dict[str, int]  # states, gradients, gathered, buckets (DeepSpeed's), rest
     host: int
+    traffic: tuple[Transfer, ...] = ()  # of a step
+    work: tuple[Work, ...] = ()  # of a step
 
     @property
     def states(self) -> int:
