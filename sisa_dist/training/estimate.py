@@ -70,11 +70,12 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         slices = apply_plan(model, mesh)
         held = states(config, slices, mesh)
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
-        meter = rehearse_step(config, mesh)
+        seen = rehearse_step(config, mesh)
         shapes = local_shapes(slices, mesh)
         sizes = {axis: mesh.size(axis) for axis in AXES}
         sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
+    meter = seen.memory
     peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:
         summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
@@ -107,6 +108,8 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         peak_at=moment,
         peak_holds=peaks[moment],
         host=host,
+        traffic=seen.traffic.transfers(),
+        work=seen.work.work(),
     )
 
 

@@ -14,10 +14,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sisa_dist.training.inside import call_key, is_ours, run_inside
 
 Purpose = Literal["states", "gradients", "gathered", "rest"]
 
@@ -86,7 +87,7 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().split(".")[0]
-        if name.startswith("sisa_dist::"):
+        if is_ours(name):
             self._note(self._taken_inside(name, args))
         elif name in _WORKSPACE:
             self._note(_WORKSPACE[name](*args, **kwargs))
@@ -98,12 +99,11 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _taken_inside(self, name: str, args: tuple[Any, ...]) -> int:
-        key = name, tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
+        key = call_key(name, args)
         if key not in self._inside:
-            given = [a for a in args if isinstance(a, Tensor)]
-            with torch.no_grad(), MemoryMeter() as inner:
-                inner.mark(given, "states")
-                OPDEFS[name]._init_fn(*args)
+            inner = MemoryMeter()
+            inner.mark((a for a in args if isinstance(a, Tensor)), "states")
+            run_inside(name, args, inner)
             self._inside[key] = inner.peaks[""]["rest"]
         return self._inside[key]
 
