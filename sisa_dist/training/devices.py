@@ -40,9 +40,17 @@ class Device:
 def _gpu(name: str, chip: str, fp32: float, bf16: float, memory: float, bandwidth: float, **links: float) -> Device:
     """In TFLOP/s, GB and GB/s as data sheets have them. Of the memory a driver shows some per cent more than these
     decimal GB: they are what the CUDA context and NCCL take."""
-    flops = {"float32": fp32 * 1e12, "bfloat16": bf16 * 1e12}
-    speeds = {key: value * 1e9 for key, value in links.items()}
-    return Device(name, flops, bandwidth * 1e9, memory * 1e9, chip=chip, **speeds)
+    return Device(
+        name,
+        {"float32": fp32 * 1e12, "bfloat16": bf16 * 1e12},
+        bandwidth * 1e9,
+        memory * 1e9,
+        link=links["link"] * 1e9,
+        network=links["network"] * 1e9,
+        host_link=links["host_link"] * 1e9,
+        host_bandwidth=links["host_bandwidth"] * 1e9,
+        chip=chip,
+    )
 
 
 _A100 = dict(

@@ -1,10 +1,10 @@
 """The least time that a device's ceilings leave a training step: what it computes, what it sends, what it waits for.
 
-A bound, not a forecast. Each operator takes as long as its FLOPs or its bytes ask, whichever is more; each collective as
-its bytes over the wires it crosses. Left out: launches of kernels, latencies, ranks that wait for a slower one, reading
-the data, and how far real kernels stay below the ceilings. Two things would let a step beat it: kernels that fuse what
-is here one operator and one trip to memory each (engine.compile, a fused optimizer), and engine.overlap, whose tp
-collectives run behind weight gradients and are counted as waited for.
+A bound, not a forecast. Each operator takes as long as its FLOPs or its bytes ask, whichever is more; each collective
+as its bytes over the wires it crosses. Left out: launches of kernels, latencies, ranks that wait for a slower one,
+reading the data, and how far real kernels stay below the ceilings. What would let a step beat it: kernels that fuse
+what is here one operator and one trip to memory each (engine.compile, attention on a GPU), caches that spare such a
+trip, and engine.overlap, whose tp collectives run behind weight gradients and are counted as waited for.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ def search_layouts(
     progress: Callable[[str], None] = lambda told: None,
 ) -> Search:
     """At most `keep` layouts of `config` for `gpus` ranks like `device`."""
-    found, groups = Search(), {}
+    found = Search()
+    groups: dict[str, list[tuple[int, float, RunConfig]]] = {}
     glance = FirstLook(device, world_size=gpus)
     for other in _valid(config, device, gpus, found):
         least, seconds = glance(other)
@@ -64,13 +65,13 @@ def search_layouts(
         if fitting is not None:
             told.append(fitting)
     found.left = sum(len(group) for group in waiting) - found.estimated
-    told.sort(key=lambda other: other.bound.seconds)
-    for number, other in enumerate(told[:keep], start=1):
+    told.sort(key=lambda proposal: proposal.bound.seconds)
+    for number, proposal in enumerate(told[:keep], start=1):
         progress(f"the whole model of proposal {number} of {min(keep, len(told))}")
-        whole = outlook(other.config, device, world_size=gpus)
+        whole = outlook(proposal.config, device, world_size=gpus)
         if whole.fits:
             found.found.append(whole)
-    found.found.sort(key=lambda other: other.bound.seconds)
+    found.found.sort(key=lambda proposal: proposal.bound.seconds)
     return found
 
 
@@ -98,7 +99,7 @@ def layouts(config: RunConfig, device: Device, gpus: int) -> Iterator[dict[str, 
                 continue
             for ep in sorted(eps) if tp == cp == 1 else [1]:
                 data = gpus // (tp * cp)
-                place = {"parallel.tp": tp, "parallel.cp": cp, "parallel.ep": ep}
+                place: dict[str, Any] = {"parallel.tp": tp, "parallel.cp": cp, "parallel.ep": ep}
                 place["parallel.sequence_parallel"] = tp > 1
                 place["parallel.dp"] = None if parallel.dp is None else data
                 windows = max(1, training.global_batch_windows // data)
@@ -111,10 +112,8 @@ def layouts(config: RunConfig, device: Device, gpus: int) -> Iterator[dict[str, 
 
 def _valid(config: RunConfig, device: Device, gpus: int, found: Search) -> Iterator[RunConfig]:
     for change in layouts(config, device, gpus):
-        if config.engine.kind == change["engine.kind"] == "deepspeed":
-            # What the user asked of DeepSpeed stays under the stage it was asked for.
-            if change["engine.zero_stage"] != config.engine.zero_stage:
-                change = change | {"engine.deepspeed_config": {}}
+        if change.get("engine.zero_stage", config.engine.zero_stage) != config.engine.zero_stage:
+            change = change | {"engine.deepspeed_config": {}}  # a user's own keys are of the stage they were set for
         try:
             other = changed(config, change)
             check_tp(other.model, other.parallel.tp)
