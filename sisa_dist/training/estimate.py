@@ -19,6 +19,7 @@ from sisa_dist.parallel.mesh import AXES
 from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
 from sisa_dist.training.states import local_shapes, states
 from sisa_dist.training.traffic import Transfer
+from sisa_dist.training.traffic_zero import add_zero_traffic
 from sisa_dist.training.work import Work
 from sisa_dist.training.zero import zero_peaks
 
@@ -75,6 +76,8 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         sizes = {axis: mesh.size(axis) for axis in AXES}
         sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
+        if config.engine.kind == "deepspeed":
+            add_zero_traffic(seen.traffic, config, mesh, slices, shapes, micro_batches=micro_batches)
     meter = seen.memory
     peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:

@@ -35,7 +35,8 @@ from sisa_dist.engine.guard import Guard
 from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
-from sisa_dist.model import LM, block, build_model, memory
+from sisa_dist.model import LM, build_model, memory
+from sisa_dist.model import block as blocks
 from sisa_dist.parallel.apply import Slice, apply_plan
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training.memory_meter import MemoryMeter
@@ -144,7 +145,7 @@ def _optimize(
 def _second_forwards(work: WorkMeter) -> Iterator[None]:
     """What checkpoints do again in the backward is told to the meter."""
     told = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=work.checkpoint_contexts)
-    with mock.patch.object(block, "checkpoint", told), mock.patch.object(memory, "checkpoint", told):
+    with mock.patch.object(blocks, "checkpoint", told), mock.patch.object(memory, "checkpoint", told):
         yield
 
 

@@ -7,6 +7,7 @@ A group of one rank sends nothing and is left out; of a message from rank to ran
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,17 +73,21 @@ class TrafficMeter(TorchDispatchMode):
         kinds = sorted(self.calls, key=lambda kind: (-self.nbytes[kind], kind))
         return tuple(Transfer(*kind, self.calls[kind], self.nbytes[kind]) for kind in kinds)
 
-    def _count(self, name: str, args: Any) -> None:
-        (boxed,) = (arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
-        group = dist.ProcessGroup.unbox(boxed)
+    def add(self, collective: Collective, group: dist.ProcessGroup, sizes: Iterable[int]) -> None:
+        """A call over `group` for each whole tensor of so many bytes, as if it had been seen."""
         if group.size() == 1:
             return
-        collective, position = _COLLECTIVES[name]
-        tensors = [x for x in tree_leaves(args[position]) if isinstance(x, Tensor)]
         ranks = dist.get_process_group_ranks(group)
         kind = Kind(collective, self._axis(collective, group), len(ranks), ranks[1] - ranks[0])
-        self.calls[kind] += self.times
-        self.nbytes[kind] += self.times * sum(x.nbytes for x in tensors)
+        for size in sizes:
+            self.calls[kind] += self.times
+            self.nbytes[kind] += self.times * size
+
+    def _count(self, name: str, args: Any) -> None:
+        (boxed,) = (arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()))
+        collective, position = _COLLECTIVES[name]
+        whole = sum(x.nbytes for x in tree_leaves(args[position]) if isinstance(x, Tensor))
+        self.add(collective, dist.ProcessGroup.unbox(boxed), [whole])
 
     def _axis(self, collective: Collective, group: dist.ProcessGroup) -> str:
         """Of axes with the same ranks, where groups may be one too, the outermost; rows and rounds are sent along the
