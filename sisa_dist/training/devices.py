@@ -1,8 +1,9 @@
 """What devices can do at most: the ceilings that the roofline divides by, and MFU too.
 
-Rows are the vendors' data sheets, dense figures without structured sparsity. fp32 is what PyTorch does by default, which
-is to multiply in fp32 on the vector units: TF32 is off unless a program turns it on, and ours does not. A host has eight
-of them and a network card for each, as the vendors' own machines. `here` measures this machine instead, in seconds.
+Rows are the vendors' data sheets, dense figures without structured sparsity. fp32 is what PyTorch does by default,
+which is to multiply in fp32 on the vector units: TF32 is off unless a program turns it on, and ours does not. A host
+has eight of them and a network card for each, as the vendors' own machines. `here` measures this machine instead, in
+seconds.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ _WORKSPACE: dict[str, Callable[..., int]] = {
     "aten::_foreach_norm": _cast_for_norm,
 }
 
+_INSIDE: dict[Any, int] = {}  # bytes our operators take beyond arguments and results, once learnt for all meters
+
 _GATHERING = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")  # their buffers are gathered weights
 
 
@@ -53,7 +55,6 @@ class MemoryMeter(TorchDispatchMode):
         self.peaks: dict[str, dict[str, int]] = {}
         self.on_host = 0  # bytes of activations that wait in host memory, which a rehearsal fills in
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Purpose]] = {}
-        self._inside: dict[Any, int] = {}  # bytes our operators take beyond arguments and results
         self._moment = ""
 
     def __enter__(self) -> Self:
@@ -100,12 +101,12 @@ class MemoryMeter(TorchDispatchMode):
 
     def _taken_inside(self, name: str, args: tuple[Any, ...]) -> int:
         key = call_key(name, args)
-        if key not in self._inside:
+        if key not in _INSIDE:
             inner = MemoryMeter()
             inner.mark((a for a in args if isinstance(a, Tensor)), "states")
             run_inside(name, args, inner)
-            self._inside[key] = inner.peaks[""]["rest"]
-        return self._inside[key]
+            _INSIDE[key] = inner.peaks[""]["rest"]
+        return _INSIDE[key]
 
     def _see(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -27,6 +27,7 @@ from sisa_dist.training.work import Phase, Work
 _NAMESPACES = ("c10d", "_c10d_functional")  # messages are traffic, not work
 _OVERWRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")  # their first argument is not read
 _CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_INSIDE: dict[Any, tuple[float, int]] = {}  # FLOPs and bytes of our operators, once learnt for all meters
 
 
 class WorkMeter(TorchDispatchMode):
@@ -42,7 +43,6 @@ class WorkMeter(TorchDispatchMode):
         self.optimizer = False
         self._recomputing = False
         self._calls: Counter[tuple[Phase, str, str, float, int]] = Counter()
-        self._inside: dict[Any, tuple[float, int]] = {}  # FLOPs and bytes of our operators
 
     def work(self) -> tuple[Work, ...]:
         """Of all that was counted, in the order it first came."""
@@ -87,12 +87,12 @@ class WorkMeter(TorchDispatchMode):
 
     def _done_inside(self, func: Any, name: str, args: tuple[Any, ...], result: Any) -> tuple[float, int]:
         key = call_key(name, args)
-        if key not in self._inside:
+        if key not in _INSIDE:
             inner = WorkMeter()
             run_inside(name, args, inner)
             flops, nbytes = (sum(w.calls * x for w in inner.work() for x in [getattr(w, part)]) for part in _PARTS)
-            self._inside[key] = _flops(func, name, args, {}, result) or flops, int(nbytes)
-        return self._inside[key]
+            _INSIDE[key] = _flops(func, name, args, {}, result) or flops, int(nbytes)
+        return _INSIDE[key]
 
 
 _PARTS = ("flops", "nbytes")
