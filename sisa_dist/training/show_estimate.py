@@ -71,34 +71,26 @@ def print_estimate(
     advice. `price`: of a device-hour. `prefix`: of keys in `--set` arguments."""
     config = stage.config
     found = estimate(config, world_size=world_size)
-    bound = cost = now = None
-    helping: list[Advice] = []
-    world_size = world_size or default_world(config)
+    told: dict[str, Any] = dataclasses.asdict(found)
+    console = Console(highlight=False, quiet=as_json)
+    console.print(_heading(config, found), soft_wrap=True)
+    console.print(_table(config, found))
+    if found.traffic:
+        console.print(_traffic_table(found))
+    console.print(_NOT_COUNTED, soft_wrap=True)
     if device is not None:
+        ranks = world_size or default_world(config)
         bound = roofline(config, found, device)
-        cost = cost_of(stage, bound, ranks=world_size, price_per_hour=price)
-    console = Console(highlight=False)
-    if not as_json:
-        console.print(_heading(config, found), soft_wrap=True)
-        console.print(_table(config, found))
-        if world_size > 1:
-            console.print(_traffic_table(found))
-        console.print(_NOT_COUNTED, soft_wrap=True)
-        if device is not None and bound is not None and cost is not None:
-            console.print(_time_table(bound, device))
-            console.print(_of_the_run(bound, cost), soft_wrap=True)
-    if device is not None:
+        cost = cost_of(stage, bound, ranks=ranks, price_per_hour=price)
+        console.print(_time_table(bound, device))
+        console.print(_of_the_run(bound, cost), soft_wrap=True)
         with progress_line("settings that would help") as progress:
-            now, helping = advise(config, device, world_size=world_size, progress=progress)
+            _, helping = advise(config, device, world_size=ranks, progress=progress)
+        console.print(_advice(found.peak, device, helping, prefix), soft_wrap=True)
+        told |= {"device": dataclasses.asdict(device), "roofline": bound.numbers(), "cost": dataclasses.asdict(cost)}
+        told |= {"fits": found.peak <= device.memory, "advice": [dataclasses.asdict(advice) for advice in helping]}
     if as_json:
-        told: dict[str, Any] = dataclasses.asdict(found)
-        if device is not None and bound is not None and cost is not None:
-            told |= {"device": dataclasses.asdict(device), "roofline": bound.numbers()}
-            told |= {"fits": found.peak <= device.memory, "cost": dataclasses.asdict(cost)}
-            told |= {"advice": [dataclasses.asdict(advice) for advice in helping]}
         print(json.dumps(told, indent=1))
-    elif device is not None and now is not None:
-        _print_advice(console, found.peak, device, helping, prefix)
 
 
 def _time_table(bound: Roofline, device: Device) -> Table:
@@ -127,22 +119,21 @@ def _of_the_run(bound: Roofline, cost: Cost) -> str:
     return told + ("" if cost.price is None else f", price {cost.price:,.2f}") + "\n" + A_BOUND
 
 
-def _print_advice(console: Console, peak: int, device: Device, helping: Sequence[Advice], prefix: str) -> None:
-    room = f"{peak / 2**30:.2f} of {device.memory / 2**30:.2f} GiB"
+def _advice(peak: int, device: Device, helping: Sequence[Advice], prefix: str) -> str:
     fits = peak <= device.memory
-    console.print(f"{'It fits' if fits else 'It does not fit'}: {room}. ", end="", soft_wrap=True)
+    heading = f"{'It fits' if fits else 'It does not fit'}: {peak / 2**30:.2f} of {device.memory / 2**30:.2f} GiB."
     if not helping:
-        remedy = "stays as it is" if fits else "is too large by any: take more devices, or --search"
-        console.print(f"Of single settings none would help: it {remedy}.", soft_wrap=True)
-        return
-    if not fits and not any(advice.fits for advice in helping):
-        console.print("No single setting makes it fit; these save most (--search tries several):", soft_wrap=True)
+        remedy = "leave it as it is" if fits else "take more devices, or --search several at once"
+        return f"{heading} No single setting would help: {remedy}."
+    if fits or any(advice.fits for advice in helping):
+        lines = [f"{heading} What would help most:"]
     else:
-        console.print("What would help most:", soft_wrap=True)
+        lines = [f"{heading} No single setting makes it fit; these save most (--search tries several at once):"]
     for advice in helping:
         speed = f"{abs(advice.faster):.1%} {'less' if advice.faster >= 0 else 'more'} time"
         memory = f"{abs(advice.saved) / 2**30:.2f} GiB {'less' if advice.saved >= 0 else 'more'}"
-        console.print(f"  {arguments(advice.settings, prefix=prefix)}: {speed}, {memory}", soft_wrap=True)
+        lines.append(f"  {arguments(advice.settings, prefix=prefix)}: {speed}, {memory}")
+    return "\n".join(lines)
 
 
 def _traffic_table(found: Estimate) -> Table:
