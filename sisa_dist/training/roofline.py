@@ -137,12 +137,15 @@ def _work_seconds(work: Work, engine: EngineConfig, device: Device) -> float:
 
 def _overlaps(transfer: Transfer, engine: EngineConfig) -> bool:
     """FSDP2 gathers weights ahead and reduces gradients behind, ZeRO-3 too. ZeRO-1 and 2 reduce beside the backward and
-    gather the new weights when the optimizer is done; ZeRO-0 reduces when the backward is."""
+    gather the new weights when the optimizer is done; ZeRO-0 reduces when the backward is. A user's own overlap_comm
+    may forbid it all."""
     if transfer.axis not in _DATA_AXES:
         return False
-    if engine.kind == "deepspeed" and engine.zero_stage < 3:
-        return engine.zero_stage > 0 and transfer.collective != "all_gather"
-    return True
+    if engine.kind == "fsdp2":
+        return True
+    if not engine.deepspeed_config.get("zero_optimization", {}).get("overlap_comm", True):
+        return False
+    return engine.zero_stage == 3 or (engine.zero_stage > 0 and transfer.collective != "all_gather")
 
 
 def _world(found: Estimate) -> int:

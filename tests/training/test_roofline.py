@@ -108,6 +108,8 @@ def test_what_zeros_stages_wait_for() -> None:
     assert _exposed(*stages[3], traffic=[GATHER, SCATTER]) == pytest.approx((0, 5.75, 8.75))
     assert _exposed(*stages[2], traffic=[GATHER, SCATTER]) == (7, 0, 1.75)
     assert _exposed(*stages[1], traffic=[GATHER, SCATTER]) == (7, 0, 1.75)
+    forbidden = "engine.deepspeed_config={zero_optimization: {overlap_comm: false}}"
+    assert _exposed(*stages[2], forbidden, traffic=[GATHER, SCATTER]) == (8.75, 0, 0)
     reduced = Transfer("all_reduce", "dp_shard", 8, 1, 1, 16)
     assert _exposed(*stages[0], traffic=[reduced]) == (3.5, 0, 0)
 
