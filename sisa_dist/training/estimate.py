@@ -21,6 +21,7 @@ from sisa_dist.training.states import local_shapes, states
 from sisa_dist.training.traffic import Transfer
 from sisa_dist.training.traffic_zero import add_zero_traffic
 from sisa_dist.training.work import Work
+from sisa_dist.training.work_zero import zero_host_bytes, zero_work
 from sisa_dist.training.zero import zero_peaks
 
 INSIDE = ("ep", "cp")  # axes laid over the ranks of dp_shard
@@ -50,7 +51,7 @@ class Estimate:
     host: int
     traffic: tuple[Transfer, ...] = ()  # of a step
     work: tuple[Work, ...] = ()  # of a step
-    host_bytes_per_step: int = 0  # over the link to host memory, under cpu_offload
+    host_bytes_per_step: int = 0  # over the link between a device and its host, both ways
 
     @property
     def states(self) -> int:
@@ -78,16 +79,22 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
         if config.engine.kind == "deepspeed":
             add_zero_traffic(seen.traffic, config, mesh, slices, shapes, micro_batches=micro_batches)
-    meter = seen.memory
+    meter, work = seen.memory, seen.work.work()
+    over_link = 2 * micro_batches * meter.on_host  # activations that wait there
     peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:
         summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
     if config.engine.kind == "deepspeed":
         peaks = zero_peaks(config, meter, held, shapes, dp_size=sizes["dp_shard"])
         summed = 0 if micro_batches == 1 else held.gradients
+        work += zero_work(config.engine.zero_stage, held, shapes, slices, micro_batches=micro_batches)
     if config.engine.cpu_offload:
         # Whatever a step needs still stands on the device; the optimizer runs on the host.
         host += held.total
+        if config.engine.kind == "deepspeed":
+            over_link += zero_host_bytes(config.engine.zero_stage, held, micro_batches=micro_batches)
+        else:
+            over_link += sum(seen.from_host) + held.gradients
         peaks = {moment: {**found, "states": 0, "gradients": 0} for moment, found in peaks.items()}
         del peaks["optimizer step"]
     moment = max(peaks, key=lambda moment: sum(peaks[moment].values()))
@@ -112,7 +119,8 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         peak_holds=peaks[moment],
         host=host,
         traffic=seen.traffic.transfers(),
-        work=seen.work.work(),
+        work=work,
+        host_bytes_per_step=over_link,
     )
 
 

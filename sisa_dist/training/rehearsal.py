@@ -25,6 +25,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
@@ -69,6 +70,7 @@ class Rehearsed:
     memory: MemoryMeter
     traffic: TrafficMeter
     work: WorkMeter
+    from_host: list[int]  # bytes of weights that FSDP2's CPU offload copies to the device, gather by gather
 
 
 def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
@@ -80,7 +82,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`. Sanity checks
     (engine.check_every) are not played.
     """
-    seen = Rehearsed(MemoryMeter(), TrafficMeter(mesh), WorkMeter())
+    seen = Rehearsed(MemoryMeter(), TrafficMeter(mesh), WorkMeter(), [])
     with FakeTensorMode(), ExitStack() as stack:
         model, optimizer, slices = _build(config, mesh)
         meter, training = seen.memory, config.training
@@ -93,6 +95,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
         stack.enter_context(seen.work)
         stack.enter_context(_second_forwards(seen.work))
         on_host = stack.enter_context(_pretended_host())
+        stack.enter_context(_offloaded_gathers(seen))
         with meter:
             meter.mark(model.parameters(), "states")
             meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
@@ -139,6 +142,20 @@ def _optimize(
         clip_gradients([p for _, p in named], config.optimizer.grad_clip, norm)
     optimizer.step()
     return norm
+
+
+@contextmanager
+def _offloaded_gathers(seen: Rehearsed) -> Iterator[None]:
+    """FSDP2 asks each parameter for what it puts into a gather; offloaded ones are copied then, as fp32."""
+    real = vars(FSDPParam)["all_gather_inputs"].fget
+
+    def all_gather_inputs(parameter: FSDPParam) -> list[Tensor]:
+        if parameter.offload_to_cpu:
+            seen.from_host.append(seen.work.times * parameter._sharded_param_data.nbytes)
+        return real(parameter)
+
+    with mock.patch.object(FSDPParam, "all_gather_inputs", property(all_gather_inputs)):
+        yield
 
 
 @contextmanager

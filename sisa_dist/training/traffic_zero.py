@@ -41,7 +41,7 @@ def add_zero_traffic(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if stage == 3:
         _stage_3(seen, zero, sizes, mesh, micro_batches=micro_batches)
-        norm = 2 * FP32  # in fp64
+        norm = FP32 if config.engine.cpu_offload else 2 * FP32
     else:
         _reduce(seen, zero, sizes, slices, mesh, stage=stage, rounds=micro_batches if stage == 2 else 1)
         norm = FP32
@@ -51,6 +51,8 @@ def add_zero_traffic(
     for axis in ("dp_shard", "tp"):
         seen.add("all_reduce", mesh.group(axis), [norm] * norms)
     for kind, numbers in groups.items():
+        if stage and kind == "apart":  # is summed over its holders, and as the others are
+            seen.add("all_reduce", mesh.group("expert_dp"), [norm])
         if stage in (1, 2):  # updated weights
             axis = "expert_dp" if kind == "apart" else "dp_shard"
             seen.add("all_gather", mesh.group(axis), [FP32 * padded_group(sum(numbers), mesh.size(axis))])

@@ -1,4 +1,4 @@
-"""Bytes that `sisa estimate` says a step sends, against those that real processes send: equal, by collective and axis."""
+"""Bytes that `sisa estimate` says a step sends, against what real processes send: equal, by collective and axis."""
 
 from __future__ import annotations
 
