@@ -113,7 +113,7 @@ def test_a_few_layers_tell_of_many() -> None:
 
 
 def _rescued() -> tuple[Outlook, list[Any]]:
-    config = _config("engine.precision=bf16", "training.seq_len=512", "model.n_layers=4")
+    config = _config(*TINY, "engine.precision=bf16", "training.global_batch_tokens=128", "model.vocab_size=128")
     h100 = DEVICES["h100"]
     sizes = [
         quick_outlook(changed(config, {"engine.activation_checkpointing": on}), h100, world_size=1).peak
