@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from sisa_dist.training.inside import call_key, is_ours, run_inside
 from sisa_dist.training.work import Phase, Work
 
-_NAMESPACES = ("c10d", "_c10d_functional")  # messages are traffic, not work
+_NAMESPACES = ("c10d", "_c10d_functional", "prim")  # messages are traffic; prim::device asks, and moves nothing
 _OVERWRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")  # their first argument is not read
 _CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 _INSIDE: dict[Any, tuple[float, int]] = {}  # FLOPs and bytes of our operators, once learnt for all meters
