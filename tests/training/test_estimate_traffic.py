@@ -115,18 +115,13 @@ def _take_rows(transfers: set[Transfer]) -> Counter[tuple[str, str, int, int, st
     return found
 
 
-@pytest.mark.parametrize("mistake", ["reduce without its all-reduce", "reduce with two all-reduces"])
-def test_a_changed_split_is_seen(mistake: str) -> None:
+def test_a_changed_split_is_seen() -> None:
     config = CASES["tp2"]
-    expected = alone(estimate, config, world_size=2).traffic
-    (mistaken, _) = run_job(2, sent_in_a_step, config, mistake)
-    summed = {(t.collective, t.axis): t for t in expected}
-    for transfer in mistaken:
-        if (transfer.collective, transfer.axis) == ("all_reduce", "tp"):
-            # Two a layer and the embedding, of [1, 16, 32] fp32, in each of two micro-batches.
-            change = 2 * 5 * 16 * 32 * 4
-            sign = -1 if "without" in mistake else 1
-            assert transfer.nbytes == summed["all_reduce", "tp"].nbytes + sign * change
-            break
-    else:
-        pytest.fail("the mistaken run sent nothing over tp")
+    expected = {(t.collective, t.axis): t for t in alone(estimate, config, world_size=2).traffic}
+    (mistaken, _) = run_job(2, sent_in_a_step, config, "reduce without its all-reduce")
+    found = {(t.collective, t.axis): t for t in mistaken}
+    assert found.keys() == expected.keys()
+    # The embedding's and two a layer, [1, 16, 32] fp32, in each of two micro-batches.
+    missing = 2 * 5 * 16 * 32 * 4
+    tp = "all_reduce", "tp"
+    assert found[tp].nbytes == expected[tp].nbytes - missing and found[tp].calls == expected[tp].calls - 10
