@@ -36,6 +36,12 @@ def _zero(stage: int, parallel: dict[str, Any], *, buffers: dict[str, Any] | Non
     return _config(parallel, kind="deepspeed", zero_stage=stage, deepspeed_config=own, **rest)
 
 
+# As a large model meets DeepSpeed's own sizes.
+SMALL_BUFFERS = {
+    "stage3_param_persistence_threshold": 500,
+    "stage3_prefetch_bucket_size": 2000,
+    "stage3_max_reuse_distance": 4000,
+}
 MAMBA = {"mixer": ["mamba2", "sisa"], "d_s": [0, 8], "qk_norm": False}
 CASES: dict[str, RunConfig] = {
     name: _config(LAYOUTS[name][1])
@@ -71,6 +77,11 @@ CASES |= {
     "zero2_cp2": _zero(2, LAYOUTS["cp2"][1]),
     "zero2_tp2_sp_bf16": _zero(2, LAYOUTS["tp2_sp"][1], precision="bf16"),
     "zero3_gathered": _zero(3, LAYOUTS["dp2"][1], buffers={"stage3_param_persistence_threshold": 1000}),
+    "zero3_gathered_twice": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS),
+    "zero3_checkpointed": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, activation_checkpointing=True),
+    "zero3_offloaded": _zero(3, LAYOUTS["dp2"][1], cpu_offload=True),
+    "zero2_offloaded": _zero(2, LAYOUTS["dp2"][1], cpu_offload=True),
+    "zero3_buckets": _zero(3, LAYOUTS["dp2"][1], buffers={"reduce_bucket_size": 3000}),
 }
 
 FAST = (
