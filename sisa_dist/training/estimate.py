@@ -78,7 +78,7 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
         if config.engine.kind == "deepspeed":
-            add_zero_traffic(seen.traffic, config, mesh, slices, shapes, micro_batches=micro_batches)
+            add_zero_traffic(seen.traffic, config, mesh, slices, shapes, micro_batches=micro_batches, uses=seen.uses)
     meter, work = seen.memory, seen.work.work()
     over_link = 2 * micro_batches * meter.on_host  # activations that wait there
     peaks, summed, host = meter.peaks, 0, meter.on_host

@@ -43,6 +43,7 @@ from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training.memory_meter import MemoryMeter
 from sisa_dist.training.traffic_meter import TrafficMeter
 from sisa_dist.training.work_meter import WorkMeter
+from sisa_dist.training.zero_gathers import Use
 
 FIRST = "first micro-batch, "
 NEXT = "next micro-batch"
@@ -71,6 +72,7 @@ class Rehearsed:
     traffic: TrafficMeter
     work: WorkMeter
     from_host: list[int]  # bytes of weights that FSDP2's CPU offload copies to the device, gather by gather
+    uses: list[Use]  # of weights, in the last forward; where ZeRO-3 will gather them
 
 
 def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
@@ -82,7 +84,7 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`. Sanity checks
     (engine.check_every) are not played.
     """
-    seen = Rehearsed(MemoryMeter(), TrafficMeter(mesh), WorkMeter(), [])
+    seen = Rehearsed(MemoryMeter(), TrafficMeter(mesh), WorkMeter(), [], [])
     with FakeTensorMode(), ExitStack() as stack:
         model, optimizer, slices = _build(config, mesh)
         meter, training = seen.memory, config.training
@@ -100,10 +102,13 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
             meter.mark(model.parameters(), "states")
             meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
             prefix = _name_moments(model, meter)
+            if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
+                _note_uses(model, seen.uses)
             model.reset_statistics()
             loss_sum = torch.zeros(())
             for last in [False, True] if rounds > 1 else [True]:  # the last holds most: all that was summed before
                 prefix[0] = "" if last else FIRST
+                seen.uses.clear()
                 seen.traffic.times = seen.work.times = 1 if last else rounds - 1
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
@@ -156,6 +161,23 @@ def _offloaded_gathers(seen: Rehearsed) -> Iterator[None]:
 
     with mock.patch.object(FSDPParam, "all_gather_inputs", property(all_gather_inputs)):
         yield
+
+
+def _note_uses(model: LM, uses: list[Use]) -> None:
+    """Hooks that note which module's weights are used when; a tied head uses the embedding's."""
+
+    def noting(use: Use) -> Any:
+        def hook(*_: Any) -> None:
+            if torch._C._current_graph_task_id() == -1:
+                uses.append(use)
+
+        return hook
+
+    for prefix, module in model.named_modules():
+        names = tuple(f"{prefix}.{name}" for name, p in module._parameters.items() if p is not None)
+        names = ("embed.weight",) if module is model.head and not names else names
+        module.register_forward_pre_hook(noting(Use(True, prefix, names)))
+        module.register_forward_hook(noting(Use(False, prefix, names)))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from sisa_dist.parallel.apply import Slice
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.traffic_meter import TrafficMeter
 from sisa_dist.training.zero import FP32, optimizer_groups, padded_group
+from sisa_dist.training.zero_gathers import Use, gathers, with_backward
 
 WHOLE_STEP_BUCKET = 500_000_000  # elements, of stage 0
 
@@ -31,16 +32,18 @@ def add_zero_traffic(
     shapes: Mapping[str, Sequence[int]],
     *,
     micro_batches: int,
+    uses: Sequence[Use],
 ) -> None:
     """What stage `config.engine.zero_stage` sends in a step of so many micro-batches, to what was seen of the model.
 
-    `shapes` are a rank's slices, in the order of the model's parameters.
+    `shapes` are a rank's slices, in the order of the model's parameters; `uses` those of a forward, for stage 3.
     """
     stage = config.engine.zero_stage
     zero = deepspeed_config(config, dp_size=mesh.dp_size, cuda=False)["zero_optimization"]
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if stage == 3:
-        _stage_3(seen, zero, sizes, mesh, micro_batches=micro_batches)
+        trace = with_backward(uses, recomputed=config.engine.activation_checkpointing)
+        _stage_3(seen, zero, sizes, mesh, trace, micro_batches=micro_batches)
         norm = FP32 if config.engine.cpu_offload else 2 * FP32
     else:
         _reduce(seen, zero, sizes, slices, mesh, stage=stage, rounds=micro_batches if stage == 2 else 1)
@@ -78,7 +81,13 @@ def _reduce(
 
 
 def _stage_3(
-    seen: TrafficMeter, zero: dict[str, Any], sizes: Mapping[str, int], mesh: Mesh, *, micro_batches: int
+    seen: TrafficMeter,
+    zero: dict[str, Any],
+    sizes: Mapping[str, int],
+    mesh: Mesh,
+    uses: Sequence[Use],
+    *,
+    micro_batches: int,
 ) -> None:
     """Gradients are scattered in every micro-batch; weights are gathered for it, but small ones, which every rank
     keeps, once they have changed."""
@@ -89,9 +98,17 @@ def _stage_3(
         return FP32 * sum(ranks * -(-sizes[name] // ranks) for name in names)
 
     kept = _persistent(sizes, zero)
+    gathered = gathers(
+        uses,
+        sizes,
+        kept,
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        reuse=int(zero.get("stage3_max_reuse_distance", 1e9)),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+    )
     for _ in range(micro_batches):
         seen.add("reduce_scatter", group, map(whole, _buckets(sizes, int(zero["reduce_bucket_size"]))))
-        seen.add("all_gather", group, [whole(name for name in sizes if name not in kept)] * (len(kept) < len(sizes)))
+        seen.add("all_gather", group, map(whole, gathered))
     seen.add("all_gather", group, (whole([name]) for name in kept))
 
 

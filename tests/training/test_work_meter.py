@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from distributed.pretending import alone
 from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.model import build_model
-from sisa_dist.training.estimate import estimate
+from sisa_dist.training.estimate import Estimate, estimate
 from sisa_dist.training.work import Work
 from sisa_dist.training.work_meter import WorkMeter
 
@@ -21,21 +21,21 @@ LENGTH, LAYERS, D, VOCAB = 64, 2, 128, 256
 MIXERS: dict[str, dict[str, Any]] = {
     "sisa": {"mixer": "sisa", "d_s": 8},
     "attention": {"mixer": "attention"},
-    "mamba2": {"mixer": "mamba2", "mamba2": {"groups": 2}},
+    "mamba2": {"mixer": "mamba2", "ssm": {"d_state": 32, "head_dim": 32, "n_groups": 2}},
 }
 
 
-def _config(parallel: dict[str, Any] | None = None, *, mixer: str = "attention", micro_batches: int = 1, **engine: Any):
+def _config(*, dp: int = 1, tp: int = 1, mixer: str = "attention", micro_batches: int = 1, **engine: Any) -> RunConfig:
     model = dict(vocab_size=VOCAB, d_model=D, n_layers=LAYERS, n_heads=4, d_ff=3 * D, tie_embeddings=False)
-    data_ranks = (parallel or {}).get("dp", 1)
     training = {"steps": 1, "seq_len": LENGTH, "micro_batch_size": 1}
-    training |= {"global_batch_tokens": LENGTH * micro_batches * data_ranks}
-    blocks = {"model": model | MIXERS[mixer], "parallel": parallel or {}, "engine": engine, "training": training}
+    training |= {"global_batch_tokens": LENGTH * micro_batches * dp}
+    blocks = {"model": model | MIXERS[mixer], "parallel": {"dp": dp, "tp": tp}, "engine": engine, "training": training}
     return parse_config(blocks | {"schedule": {"warmup_steps": 0}}, source="tiny")
 
 
-def _of(config: RunConfig) -> Any:
-    return alone(estimate, config)
+@functools.cache
+def _of(**settings: Any) -> Estimate:
+    return alone(estimate, _config(**settings))
 
 
 def _flops(work: Iterable[Work], *phases: str) -> float:
@@ -46,37 +46,37 @@ def _flops(work: Iterable[Work], *phases: str) -> float:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_products_are_those_of_the_formula(mixer: str, tp: int) -> None:
     """At this length scores, which kernels make again in the backward, are a small part."""
-    found = _of(_config({"tp": tp}, mixer=mixer, kind="fsdp2"))
+    found = _of(tp=tp, mixer=mixer)
     done = _flops(found.work, "forward", "backward")
     assert done == pytest.approx(found.flops_per_step / tp, rel=0.03)
     assert _flops(found.work, "recomputation", "optimizer") == 0
 
 
 def test_recomputation_is_a_forward_of_the_blocks() -> None:
-    plain, recomputed = _of(_config()), _of(_config(activation_checkpointing=True))
+    plain, recomputed = _of(), _of(activation_checkpointing=True)
     assert _flops(recomputed.work, "forward", "backward") == _flops(plain.work, "forward", "backward")
     # The loss forms its gradients in the forward: three products with the head. A block's last product is not needed.
     last = 2 * LENGTH * 3 * D * D
     blocks = _flops(plain.work, "forward") - 3 * 2 * LENGTH * D * VOCAB
     assert _flops(recomputed.work, "recomputation") == blocks - LAYERS * last
-    chunked = _of(_config(mlp_chunk=16))
+    chunked = _of(mlp_chunk=16)
     assert _flops(chunked.work, "recomputation") == LAYERS * 2 * last  # of three products, not the last
 
 
 def test_micro_batches_between_first_and_last_count() -> None:
-    one, five = _of(_config()), _of(_config(micro_batches=5))
+    one, five = _of(), _of(micro_batches=5)
     assert _flops(five.work, "forward", "backward") == 5 * _flops(one.work, "forward", "backward")
     updates = [[w for w in found.work if w.operator == "aten::_fused_adamw_"] for found in (one, five)]
     assert updates[0] == updates[1]
     # Weight, gradient and two moments are read, all but the gradient written; a step count for each tensor.
-    tensors = sum(1 for _ in _parameters())
-    numbers = sum(p.numel() for p in _parameters())
+    tensors = len(list(_model().parameters()))
+    numbers = sum(p.numel() for p in _model().parameters())
     assert sum(w.calls * w.nbytes for w in updates[0]) == 4 * (7 * numbers + tensors)
 
 
-def _parameters() -> Iterable[nn.Parameter]:
+def _model() -> nn.Module:
     with torch.device("meta"):
-        return list(build_model(_config().model).parameters())
+        return build_model(_config().model)
 
 
 def test_bytes_and_products_of_a_layer_by_hand() -> None:
@@ -117,13 +117,10 @@ def test_causal_scores_are_half_a_square() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_offloaded_weights_cross_the_host_link_at_every_gather(micro_batches: int) -> None:
-    parallel = {"dp": 2}
-    found = _of(_config(parallel, micro_batches=micro_batches, cpu_offload=True))
-    with torch.device("meta"):
-        model = build_model(_config().model)
-    whole = {name: math.prod(p.shape) for name, p in model.named_parameters()}
+    found = _of(dp=2, micro_batches=micro_batches, cpu_offload=True)
+    whole = {name: p.numel() for name, p in _model().named_parameters()}
     root = whole["embed.weight"] + whole["head.weight"]  # gathered once: FSDP2 keeps the root's for the backward
     gathered = 2 * (sum(whole.values()) - root) + root
     # Halves of fp32 weights, and once a step halves of gradients.
     assert found.host_bytes_per_step == 4 * (micro_batches * gathered + sum(whole.values())) // 2
-    assert _of(_config(parallel, micro_batches=micro_batches)).host_bytes_per_step == 0
+    assert _of().host_bytes_per_step == 0
