@@ -105,6 +105,7 @@ def _looked_at(overrides: list[str]) -> tuple[float, float, int, int]:
     config = load_config(QUICKSTART, ["model.n_layers=6", "training.global_batch_tokens=8192", *overrides])
     glance, h100 = FirstLook(DEVICES["h100"], world_size=2), DEVICES["h100"]
     found = estimate(config, world_size=2)
+    assert found.work and found.traffic and not any(work.operator.startswith("prim") for work in found.work)
     assert outlook(config, h100, world_size=2).peak == found.peak
     return glance(config)[0], glance.states(config), found.peak, found.states
 
