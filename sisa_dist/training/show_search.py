@@ -17,7 +17,10 @@ from sisa_dist.training.cost import cost_of
 from sisa_dist.training.devices import Device
 from sisa_dist.training.search import Search, describe_layout, search_layouts
 
-A_BOUND = "The time is a bound: kernels launched, latencies and what kernels stay below the ceilings come on top of it."
+A_BOUND = (
+    "The time is what the ceilings leave, operator by operator: launches, latencies and what kernels stay below them "
+    "come on top; fused kernels and caches spare some of it."
+)
 
 
 def print_search(
