@@ -171,23 +171,24 @@ def estimate(
     config: ConfigPath,
     overrides: Overrides = None,
     world: Annotated[int | None, typer.Option(min=1, help="Processes; default: the config's tp × dp.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Time a step on a100-80gb, h100, h200, b200 …, or `here`.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Of an hour of one device.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Propose layouts for --gpus of --device, ranked.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of --search: how many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
     stage: StageName = None,
 ) -> None:
-    """Parameters, FLOPs, bytes of every rank and their peak in a step. Needs no data, processes or GPU.
+    """Parameters, FLOPs, bytes of every rank and their peak, what ranks send. Needs no data, processes or GPU.
 
-    Of a run of stages one after the other, or that of --stage.
+    With --device also a step's time by the device's ceilings, days and price of the run, and the settings that would
+    help most. Of a run of stages one after the other, or that of --stage.
     """
-    from sisa_dist.training.estimate import print_estimate
-    from sisa_dist.training.stages import title
+    from sisa_dist.training.show_estimate import estimate_run
 
     run = load_run(config, overrides or ())
-    if as_json and run.staged and stage is None:
-        raise UserError("--json is of one stage: name it by --stage")
-    for chosen in run.stages if stage is None else [run.named(stage)]:
-        if run.staged and not as_json:
-            print(title(run, chosen))
-        print_estimate(chosen.config, world_size=world, as_json=as_json)
+    estimate_run(run, stage=stage, world=world, device=device, price=price, search=search, gpus=gpus, as_json=as_json)
 
 
 @app.command()

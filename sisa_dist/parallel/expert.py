@@ -71,12 +71,12 @@ def _traffic(ends_E: Tensor, rows: int, group: dist.ProcessGroup) -> _Traffic:
     """From where each expert's rows end among the `rows` that this rank sends. Collective; waits for the device."""
     ranks = group.size()
     here = len(ends_E) // ranks
-    if isinstance(ends_E, FakeTensor):  # a rehearsal: as if all experts were chosen equally often
-        even = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
-        return _Traffic(even, even, ends_E.new_zeros(rows, dtype=torch.int64))
     sent_RE = ends_E.long().diff(prepend=ends_E.new_zeros(1, dtype=torch.int64)).view(ranks, here)
     ones = [1] * ranks
     received_RE = collectives.all_to_all(sent_RE, group, sent=ones, received=ones)
+    if isinstance(ends_E, FakeTensor):  # a rehearsal: as if all experts were chosen equally often
+        even = [rows // ranks + (rank < rows % ranks) for rank in range(ranks)]
+        return _Traffic(even, even, ends_E.new_zeros(rows, dtype=torch.int64))
     sent, received = torch.stack((sent_RE.sum(1), received_RE.sum(1))).tolist()
     expert_RE = torch.arange(here, device=ends_E.device).repeat(ranks)
     return _Traffic(sent, received, expert_RE.repeat_interleave(received_RE.flatten(), output_size=sum(received)))

@@ -7,20 +7,21 @@ not know. Needs no processes, no GPU and no memory to speak of; not to be called
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.model import build_model, num_parameters
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.apply import apply_plan
-from sisa_dist.parallel.mesh import AXES, Mesh
+from sisa_dist.parallel.mesh import AXES
 from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
 from sisa_dist.training.states import local_shapes, states
+from sisa_dist.training.traffic import Transfer
+from sisa_dist.training.traffic_zero import add_zero_traffic
+from sisa_dist.training.work import Work
+from sisa_dist.training.work_zero import zero_host_bytes, zero_work
 from sisa_dist.training.zero import zero_peaks
 
 INSIDE = ("ep", "cp")  # axes laid over the ranks of dp_shard
@@ -48,6 +49,9 @@ class Estimate:
     peak_at: str
     peak_holds: dict[str, int]  # states, gradients, gathered, buckets (DeepSpeed's), rest
     host: int
+    traffic: tuple[Transfer, ...] = ()  # of a step
+    work: tuple[Work, ...] = ()  # of a step
+    host_bytes_per_step: int = 0  # over the link between a device and its host, both ways
 
     @property
     def states(self) -> int:
@@ -55,34 +59,42 @@ class Estimate:
 
 
 def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
-    """For `world_size` processes; None: tp × cp × dp of `parallel` (where dp is null 1, dp_replicate or ep).
+    """For `world_size` processes; None: `default_world`'s.
 
     Raises UserError where the config does not fit so many.
     """
-    parallel = config.parallel
-    world_size = world_size or parallel.tp * parallel.cp * (parallel.dp or parallel.dp_replicate * parallel.ep)
+    world_size = world_size or default_world(config)
     with pretended_mesh(config, world_size) as mesh:
-        _check_batch(config, mesh)
+        check_batch(config, mesh.dp_size)
         with torch.device("meta"):
             model = build_model(config.model)
         parameters = num_parameters(model)
         slices = apply_plan(model, mesh)
         held = states(config, slices, mesh)
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
-        meter = rehearse_step(config, mesh)
+        seen = rehearse_step(config, mesh)
         shapes = local_shapes(slices, mesh)
         sizes = {axis: mesh.size(axis) for axis in AXES}
         sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}
         micro_batches = config.training.global_batch_windows // (config.training.micro_batch_size * mesh.dp_size)
+        if config.engine.kind == "deepspeed":
+            add_zero_traffic(seen.traffic, config, mesh, slices, shapes, micro_batches=micro_batches, uses=seen.uses)
+    meter, work = seen.memory, seen.work.work()
+    over_link = 2 * micro_batches * meter.on_host  # activations that wait there
     peaks, summed, host = meter.peaks, 0, meter.on_host
     if micro_batches > 1:
         summed = sum(meter.starts[NEXT].values()) - meter.starts[NEXT]["states"]
     if config.engine.kind == "deepspeed":
         peaks = zero_peaks(config, meter, held, shapes, dp_size=sizes["dp_shard"])
         summed = 0 if micro_batches == 1 else held.gradients
+        work += zero_work(config.engine.zero_stage, held, shapes, slices, micro_batches=micro_batches)
     if config.engine.cpu_offload:
         # Whatever a step needs still stands on the device; the optimizer runs on the host.
         host += held.total
+        if config.engine.kind == "deepspeed":
+            over_link += zero_host_bytes(config.engine.zero_stage, held, micro_batches=micro_batches)
+        else:
+            over_link += sum(seen.from_host) + held.gradients
         peaks = {moment: {**found, "states": 0, "gradients": 0} for moment, found in peaks.items()}
         del peaks["optimizer step"]
     moment = max(peaks, key=lambda moment: sum(peaks[moment].values()))
@@ -106,70 +118,25 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         peak_at=moment,
         peak_holds=peaks[moment],
         host=host,
+        traffic=seen.traffic.transfers(),
+        work=work,
+        host_bytes_per_step=over_link,
     )
 
 
-def print_estimate(config: RunConfig, *, world_size: int | None = None, as_json: bool = False) -> None:
-    """The estimate as a table, or as one JSON object whose keys are `Estimate`'s."""
-    found = estimate(config, world_size=world_size)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=1))
-        return
-    console = Console(highlight=False)
-    console.print(_heading(config, found), soft_wrap=True)
-    console.print(_table(config, found))
-    console.print(
-        "Not counted: the CUDA context, an allocator's fragments, NCCL's buffers, workspaces inside kernels.",
-        soft_wrap=True,
-    )
+def default_world(config: RunConfig) -> int:
+    """tp × cp × dp of `parallel`; where dp is null 1, dp_replicate or ep."""
+    parallel = config.parallel
+    return parallel.tp * parallel.cp * (parallel.dp or parallel.dp_replicate * parallel.ep)
 
 
-def _check_batch(config: RunConfig, mesh: Mesh) -> None:
+def check_batch(config: RunConfig, dp_size: int) -> None:
+    """Raises UserError where the batch does not come out even over `dp_size` data ranks."""
     training = config.training
-    unit = training.micro_batch_size * training.seq_len * mesh.dp_size
+    unit = training.micro_batch_size * training.seq_len * dp_size
     if training.global_batch_tokens % unit:
         near = max(1, training.global_batch_tokens // unit) * unit
         raise UserError(
             f"training.global_batch_tokens {training.global_batch_tokens} is not a multiple of micro_batch_size × "
             f"seq_len × data ranks = {unit}: set it to {near} or {near + unit}"
         )
-
-
-def _heading(config: RunConfig, found: Estimate) -> str:
-    engine, training = config.engine, config.training
-    axes = " × ".join(f"{axis} {size}" for axis, size in found.mesh.items() if size > 1 and axis not in INSIDE)
-    axes = (axes or "one process") + "".join(f" ({axis} {found.mesh[axis]})" for axis in INSIDE if axis in found.mesh)
-    kind = f"deepspeed ZeRO-{engine.zero_stage}" if engine.kind == "deepspeed" else engine.kind
-    return (
-        f"{config.name}: {found.parameters:,} parameters, {found.flops_per_token:.3g} FLOPs a token, "
-        f"{found.flops_per_step:.3g} a step of {found.tokens_per_step:,} tokens\n"
-        f"{kind}, {engine.precision}, {axes}: {found.micro_batches} micro-batch(es) of "
-        f"{training.micro_batch_size} × {training.seq_len // found.mesh.get('cp', 1)} a rank"
-    )
-
-
-def _table(config: RunConfig, found: Estimate) -> Table:
-    unit, divisor = ("GiB", 2**30) if found.peak > 2**30 else ("MiB", 2**20)
-    table = Table("the fullest rank", unit, "")
-
-    def row(name: str, size: int, told: str = "", *, last: bool = False) -> None:
-        table.add_row(name, f"{size / divisor:.2f}", told, end_section=last)
-
-    place = ", in host memory" if config.engine.cpu_offload else ""
-    row("weights", found.weights, "fp32 masters" + place)
-    row("gradients", found.gradients, "fp32" + place)
-    row("Adam's moments", found.moments, "fp32, two" + place)
-    row("states", found.states, f"the emptiest rank: {found.smallest_states / divisor:.2f}", last=True)
-    row("gathered weights", found.gathered, "of other ranks, at most")
-    recomputed = config.engine.activation_checkpointing
-    kept = "a block's input each" if recomputed else "all that the backward reads"
-    if config.engine.activation_offload:
-        kept = "but the blocks' inputs, which are in host memory"
-    row("activations", found.activations, kept)
-    row("loss", found.loss, "a chunk of logits, gradients of hidden states and head")
-    row("summed gradients", found.summed_gradients, "kept from micro-batch to micro-batch", last=True)
-    holds = ", ".join(f"{name} {size / divisor:.2f}" for name, size in found.peak_holds.items() if size)
-    if found.host:
-        row("in host memory", found.host, "at most")
-    row("peak", found.peak, f"{found.peak_at}: {holds}")
-    return table

@@ -14,10 +14,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sisa_dist.training.inside import call_key, is_ours, run_inside
 
 Purpose = Literal["states", "gradients", "gathered", "rest"]
 
@@ -33,6 +34,8 @@ _WORKSPACE: dict[str, Callable[..., int]] = {
     "aten::logsumexp": lambda x, *_, **__: x.nbytes,
     "aten::_foreach_norm": _cast_for_norm,
 }
+
+_INSIDE: dict[Any, int] = {}  # bytes our operators take beyond arguments and results, once learnt for all meters
 
 _GATHERING = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy")  # their buffers are gathered weights
 
@@ -52,7 +55,6 @@ class MemoryMeter(TorchDispatchMode):
         self.peaks: dict[str, dict[str, int]] = {}
         self.on_host = 0  # bytes of activations that wait in host memory, which a rehearsal fills in
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Purpose]] = {}
-        self._inside: dict[Any, int] = {}  # bytes our operators take beyond arguments and results
         self._moment = ""
 
     def __enter__(self) -> Self:
@@ -86,7 +88,7 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().split(".")[0]
-        if name.startswith("sisa_dist::"):
+        if is_ours(name):
             self._note(self._taken_inside(name, args))
         elif name in _WORKSPACE:
             self._note(_WORKSPACE[name](*args, **kwargs))
@@ -98,14 +100,13 @@ class MemoryMeter(TorchDispatchMode):
         return result
 
     def _taken_inside(self, name: str, args: tuple[Any, ...]) -> int:
-        key = name, tuple((a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args)
-        if key not in self._inside:
-            given = [a for a in args if isinstance(a, Tensor)]
-            with torch.no_grad(), MemoryMeter() as inner:
-                inner.mark(given, "states")
-                OPDEFS[name]._init_fn(*args)
-            self._inside[key] = inner.peaks[""]["rest"]
-        return self._inside[key]
+        key = call_key(name, args)
+        if key not in _INSIDE:
+            inner = MemoryMeter()
+            inner.mark((a for a in args if isinstance(a, Tensor)), "states")
+            run_inside(name, args, inner)
+            _INSIDE[key] = inner.peaks[""]["rest"]
+        return _INSIDE[key]
 
     def _see(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import torch
 
 from sisa_dist.config import RunConfig, UserError, dump_config
 from sisa_dist.training.metrics_file import keep_until
-
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets; other devices are measured.
-_GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class Metrics:
@@ -77,25 +73,6 @@ class Metrics:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU divides by: the data sheet's on a known GPU, else the best of a few large matmuls here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for chip, peak in _GPU_PEAKS.items():
-            if chip in name:
-                return peak
-    n = 1024
-    a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -11,29 +11,39 @@ score is played as the CPU computes it).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sisa_dist.config import RunConfig
 from sisa_dist.engine.common import spare_memory
 from sisa_dist.engine.compute_dtype import compute_in
+from sisa_dist.engine.experts import ExpertWatch
+from sisa_dist.engine.guard import Guard
 from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import LM, build_model, memory
-from sisa_dist.parallel.apply import apply_plan
+from sisa_dist.model import block as blocks
+from sisa_dist.parallel.apply import Slice, apply_plan
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training.memory_meter import MemoryMeter
+from sisa_dist.training.traffic_meter import TrafficMeter
+from sisa_dist.training.work_meter import WorkMeter
+from sisa_dist.training.zero_gathers import Use
 
 FIRST = "first micro-batch, "
 NEXT = "next micro-batch"
@@ -54,45 +64,128 @@ def pretended_mesh(config: RunConfig, world_size: int) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def rehearse_step(config: RunConfig, mesh: Mesh) -> MemoryMeter:
-    """The meter of one train_step of `config` on rank 0 of a pretended mesh.
+@dataclass(frozen=True)
+class Rehearsed:
+    """What meters saw of a step."""
+
+    memory: MemoryMeter
+    traffic: TrafficMeter
+    work: WorkMeter
+    from_host: list[int]  # bytes of weights that FSDP2's CPU offload copies to the device, gather by gather
+    uses: list[Use]  # of weights, in the last forward; where ZeRO-3 will gather them
+
+
+def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
+    """One train_step of `config` on rank 0 of a pretended mesh.
 
     Moments: `embedding`, `forward of layer 3`, `loss`, `backward of layer 3`, `optimizer step`. Of several
-    micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played.
-    `engine.compile` is played without compiling; an attention backend asked for by name as `auto`.
+    micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played; traffic and
+    work of the first count for those between too, which send the same and add their gradients to what is there.
+    `engine.compile` is played without compiling; an attention backend asked for by name as `auto`. Sanity checks
+    (engine.check_every) are not played.
     """
-    with FakeTensorMode():
+    seen = Rehearsed(MemoryMeter(), TrafficMeter(mesh), WorkMeter(), [], [])
+    with FakeTensorMode(), ExitStack() as stack:
         model, optimizer, slices = _build(config, mesh)
-        meter = MemoryMeter()
-        training = config.training
+        meter, training = seen.memory, config.training
         tokens = torch.zeros(training.micro_batch_size, training.seq_len, dtype=torch.int64)
         doc_ids = torch.zeros_like(tokens) if config.data.document_mask else None
         rounds = training.global_batch_windows // (training.micro_batch_size * mesh.dp_size)
-        with meter, _pretended_host() as on_host:
+        guard, experts = Guard(mesh, spike_sigma=training.spike_sigma), ExpertWatch(model, mesh)
+        stack.enter_context(seen.traffic)
+        count = mesh.sum_over_dp(torch.zeros((), dtype=torch.int64))
+        stack.enter_context(seen.work)
+        stack.enter_context(_second_forwards(seen.work))
+        on_host = stack.enter_context(_pretended_host())
+        stack.enter_context(_offloaded_gathers(seen))
+        with meter:
             meter.mark(model.parameters(), "states")
             meter.mark((tensor for state in optimizer.state.values() for tensor in state.values()), "states")
             prefix = _name_moments(model, meter)
+            if config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
+                _note_uses(model, seen.uses)
+            model.reset_statistics()
+            loss_sum = torch.zeros(())
             for last in [False, True] if rounds > 1 else [True]:  # the last holds most: all that was summed before
                 prefix[0] = "" if last else FIRST
+                seen.uses.clear()
+                seen.traffic.times = seen.work.times = 1 if last else rounds - 1
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
                 loss, _ = model(tokens, tokens, doc_ids_BT=doc_ids)
                 (loss * 1.0).backward()
+                loss_sum += loss.detach()
                 del loss
                 meter.on_host = sum(on_host)
                 on_host.clear()
                 if not last:
                     meter.begin(NEXT)
+            seen.work.optimizer = True
             named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
             meter.mark((p.grad for _, p in named), "gradients")  # type: ignore[misc]
-            if config.engine.kind == "deepspeed":
-                return meter
-            meter.begin("optimizer step")
-            norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
-            if config.optimizer.grad_clip is not None:
-                clip_gradients([p for _, p in named], config.optimizer.grad_clip, norm)
-            optimizer.step()
-    return meter
+            if config.engine.kind == "fsdp2":
+                meter.begin("optimizer step")
+                norm = _optimize(config, optimizer, named, slices, mesh)
+        if config.engine.kind == "deepspeed":
+            norm = torch.zeros(())
+            if config.engine.zero_stage == 0:  # ours, of whole gradients; any other stage's is DeepSpeed's own
+                norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh, sharded=False)  # type: ignore
+        loss_mean = mesh.sum_over_reduced(loss_sum) / count
+        experts.after_step(guard.judge(loss_mean, norm).skip)
+    return seen
+
+
+def _optimize(
+    config: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    named: list[tuple[str, nn.Parameter]],
+    slices: dict[str, Slice],
+    mesh: Mesh,
+) -> Tensor:
+    norm = global_norm([(p.grad, slices[name]) for name, p in named], mesh)  # type: ignore[misc]
+    if config.optimizer.grad_clip is not None:
+        clip_gradients([p for _, p in named], config.optimizer.grad_clip, norm)
+    optimizer.step()
+    return norm
+
+
+@contextmanager
+def _offloaded_gathers(seen: Rehearsed) -> Iterator[None]:
+    """FSDP2 asks each parameter for what it puts into a gather; offloaded ones are copied then, as fp32."""
+    real = vars(FSDPParam)["all_gather_inputs"].fget
+
+    def all_gather_inputs(parameter: FSDPParam) -> list[Tensor]:
+        if parameter.offload_to_cpu:
+            seen.from_host.append(seen.work.times * parameter._sharded_param_data.nbytes)
+        return real(parameter)
+
+    with mock.patch.object(FSDPParam, "all_gather_inputs", property(all_gather_inputs)):
+        yield
+
+
+def _note_uses(model: LM, uses: list[Use]) -> None:
+    """Hooks that note which module's weights are used when; a tied head uses the embedding's."""
+
+    def noting(use: Use) -> Any:
+        def hook(*_: Any) -> None:
+            if torch._C._current_graph_task_id() == -1:
+                uses.append(use)
+
+        return hook
+
+    for prefix, module in model.named_modules():
+        names = tuple(f"{prefix}.{name}" for name, p in module._parameters.items() if p is not None)
+        names = ("embed.weight",) if module is model.head and not names else names
+        module.register_forward_pre_hook(noting(Use(True, prefix, names)))
+        module.register_forward_hook(noting(Use(False, prefix, names)))
+
+
+@contextmanager
+def _second_forwards(work: WorkMeter) -> Iterator[None]:
+    """What checkpoints do again in the backward is told to the meter."""
+    told = functools.partial(torch.utils.checkpoint.checkpoint, context_fn=work.checkpoint_contexts)
+    with mock.patch.object(blocks, "checkpoint", told), mock.patch.object(memory, "checkpoint", told):
+        yield
 
 
 @contextmanager
@@ -113,7 +206,7 @@ def _pretended_host() -> Iterator[list[int]]:
         yield copied
 
 
-def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, dict[str, Any]]:
+def _build(config: RunConfig, mesh: Mesh) -> tuple[LM, torch.optim.Optimizer, dict[str, Slice]]:
     """As the engine builds, without values; for DeepSpeed the model alone, with whole weights and no moments."""
     engine, attention = config.engine, config.attention.model_copy(update={"backend": "auto"})
     deepspeed = engine.kind == "deepspeed"

@@ -17,7 +17,8 @@ from sisa_dist.engine.gates import LearnedDs
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
-from sisa_dist.training.metrics import Metrics, memory_bytes, peak_flops
+from sisa_dist.training.devices import peak_flops
+from sisa_dist.training.metrics import Metrics, memory_bytes
 
 COLLAPSED = 0.01  # of its fair share of tokens: an expert with less learns next to nothing
 # By model.moe.balance: what presses harder.

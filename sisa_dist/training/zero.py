@@ -40,21 +40,32 @@ def zero_states(
     whole = _whole(shapes)
     if stage == 0:
         return States(whole, whole, 2 * whole + FP32 * len(shapes))
-    groups: dict[str, list[int]] = {}
-    for name, shape in shapes.items():  # as engine/optim.py groups them
-        kind = "apart" if slices[name].ep_dim is not None else group_of(name, slices[name].shape)
-        groups.setdefault(kind, []).append(math.prod(shape))
+    groups = optimizer_groups(shapes, slices)
     steps = FP32 * len(groups)  # a group is one flat tensor to the optimizer
     if stage == 3:  # each parameter is cut by itself
         part = FP32 * sum(-(-number // ranks) for group in groups.values() for number in group)
         return States(part, part, 2 * part + steps)
-    # A group is one flat buffer padded to 2 · ranks elements; a rank's part of it is copied once more, as its master.
+    # A group is one flat buffer; a rank's part of it is copied once more, as its master.
     flat = part = 0
     for kind, group in groups.items():
         holders = expert_ranks if kind == "apart" else ranks
-        padded = FP32 * (-(-sum(group) // (2 * holders)) * 2 * holders)
+        padded = FP32 * padded_group(sum(group), holders)
         flat, part = flat + padded, part + padded // holders
     return States(flat + part, part, 2 * part + steps)
+
+
+def optimizer_groups(shapes: Mapping[str, Sequence[int]], slices: Mapping[str, Slice]) -> dict[str, list[int]]:
+    """Elements of each parameter, grouped as engine/optim.py does; experts dealt out over ep are `apart`."""
+    groups: dict[str, list[int]] = {}
+    for name, shape in shapes.items():
+        kind = "apart" if slices[name].ep_dim is not None else group_of(name, slices[name].shape)
+        groups.setdefault(kind, []).append(math.prod(shape))
+    return groups
+
+
+def padded_group(numbers: int, holders: int) -> int:
+    """Elements of the flat buffer that stages 1 and 2 make of a group and cut among `holders`."""
+    return -(-numbers // (2 * holders)) * 2 * holders
 
 
 def zero_peaks(

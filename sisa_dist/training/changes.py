@@ -1,0 +1,66 @@
+"""A config with some settings changed, and the `--set` arguments that change them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from sisa_dist.config import EngineConfig, RunConfig, UserError
+from sisa_dist.config.load import parse_config
+
+# Keys of `engine:` that only one kind of engine reads.
+_ONLY = {
+    "fsdp2": ("prefetch", "reshard_after_forward", "overlap", "compile"),
+    "deepspeed": ("zero_stage", "deepspeed_config"),
+}
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with {dotted key: value} laid over it; what they leave without effect goes back to its default.
+
+    Raises UserError where the result cannot be.
+    """
+    tree = config.model_dump()
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split(".")
+        section = tree
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+    parallel, engine = tree["parallel"], tree["engine"]
+    if parallel["tp"] == 1:
+        parallel["sequence_parallel"] = False
+    if parallel["cp"] == 1:
+        parallel["cp_kind"] = "all_gather"
+    for key in _ONLY["deepspeed" if engine["kind"] == "fsdp2" else "fsdp2"]:
+        if f"engine.{key}" not in changes:
+            engine[key] = EngineConfig.model_fields[key].get_default(call_default_factory=True)
+    if not engine["activation_checkpointing"]:
+        engine["activation_offload"] = False
+    try:
+        return parse_config(tree, source="")
+    except UserError as error:
+        raise UserError(str(error).removeprefix(": ")) from None
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """{dotted key: value} of `after`, of the settings that differ: what the command line would have to say."""
+    return dict(_differences(before.model_dump(), after.model_dump(), ""))
+
+
+def arguments(settings: Mapping[str, Any], *, prefix: str = "") -> str:
+    """As `--set` arguments; `prefix` goes before each key. Nothing to set: `as it is`."""
+    told = [f"--set {prefix}{key}={_text(value)}" for key, value in settings.items()]
+    return " ".join(told) or "as it is"
+
+
+def _differences(before: Any, after: Any, prefix: str) -> list[tuple[str, Any]]:
+    if not (isinstance(before, dict) and isinstance(after, dict)) or prefix == "engine.deepspeed_config.":
+        return [] if before == after else [(prefix[:-1], after)]
+    return [found for key in after for found in _differences(before.get(key), after[key], f"{prefix}{key}.")]
+
+
+def _text(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("\n...")

@@ -1,0 +1,132 @@
+"""The settings that help most: how they are ranked, and that real estimates find the one that makes a run fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed.pretending import alone
+from hand_made import ROUND, made_estimate
+from sisa_dist.config import RunConfig, UserError, load_config
+from sisa_dist.training.advice import advise
+from sisa_dist.training.changes import arguments, changed, differences
+from sisa_dist.training.devices import DEVICES, Device
+from sisa_dist.training.outlook import Outlook, outlook, quick_outlook
+from sisa_dist.training.roofline import of_times
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+SMALL = ["model.n_layers=2", "model.vocab_size=2048", "training.micro_batch_size=1", "training.global_batch_tokens=512"]
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(QUICKSTART, [*SMALL, *overrides])
+
+
+def _supposed(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
+    """900 bytes in 9 s; with checkpointing a third of them and 3 s more; bf16 halves the time, tp the bytes."""
+    peak, seconds = 900 // config.parallel.tp, 9.0
+    if config.engine.activation_checkpointing:
+        peak, seconds = peak // 3, seconds + 3.0
+    if config.engine.cpu_offload:
+        peak, seconds = peak // 9, seconds + 20.0
+    if config.engine.precision == "bf16":
+        seconds /= 2
+    times = dict.fromkeys(("recomputation", "backward", "optimizer", "waited", "overlapped", "host"), 0.0)
+    bound = of_times(times | {"forward": seconds}, config, made_estimate(), device)
+    return Outlook(config, peak, bound, device.memory)
+
+
+def _advised(memory: float, *overrides: str, world_size: int = 1) -> list[dict[str, Any]]:
+    device = dataclasses.replace(ROUND, memory=memory)
+    now, helping = advise(_config(*overrides), device, world_size=world_size, look=_supposed)
+    assert all(advice.saved == now.peak - advice.peak for advice in helping)
+    return [advice.settings for advice in helping]
+
+
+def test_a_run_that_fits_is_made_faster() -> None:
+    assert _advised(1000) == [{"engine.precision": "bf16"}]
+    assert _advised(1000, "engine.precision=bf16") == []  # as it is
+    found = _advised(1000, "engine.activation_checkpointing=true", "engine.cpu_offload=true")
+    offloaded = [
+        {"engine.cpu_offload": False},
+        {"engine.precision": "bf16"},
+        {"engine.activation_checkpointing": False},
+    ]
+    assert found == offloaded
+    # Without checkpointing it would be faster, and would no longer fit.
+    assert _advised(500, "engine.activation_checkpointing=true") == [{"engine.precision": "bf16"}]
+
+
+def test_a_run_that_does_not_fit_is_made_to() -> None:
+    assert _advised(300) == [{"engine.activation_checkpointing": True}, {"engine.cpu_offload": True}]
+    two = ["training.global_batch_tokens=1024"]
+    assert _advised(500, *two, world_size=2)[0] == {"parallel.tp": 2}  # takes no longer
+    dealt = _advised(500, *two, "parallel.dp=2", world_size=2)[0]
+    assert dealt == {"parallel.tp": 2, "parallel.dp": 1}  # what a setting drags along is told with it
+
+
+def test_where_nothing_fits_the_smallest_peaks_are_told() -> None:
+    assert _advised(10) == [{"engine.cpu_offload": True}, {"engine.activation_checkpointing": True}]
+
+
+def test_changes_drop_what_they_leave_without_effect() -> None:
+    given = ["engine.kind=deepspeed", "engine.zero_stage=2"]
+    config = _config(*given, "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 7}}")
+    other = changed(config, {"engine.kind": "fsdp2"})
+    assert other.engine.deepspeed_config == {} and other.engine.zero_stage == 3
+    said = differences(config, other)
+    assert said == {"engine.kind": "fsdp2", "engine.zero_stage": 3, "engine.deepspeed_config": {}}
+    told = arguments(said)
+    assert told == "--set engine.kind=fsdp2 --set engine.zero_stage=3 --set engine.deepspeed_config={}"
+    overrides = [part for part in told.split(" ") if part != "--set"]
+    assert load_config(QUICKSTART, [*SMALL, *given, *overrides]) == other  # as the command line would have it
+    back = changed(_config("engine.prefetch=2"), {"engine.kind": "deepspeed", "engine.zero_stage": 1})
+    assert back.engine.prefetch == 0
+    wide = _config("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2", "parallel.cp_kind=ring")
+    narrow = changed(wide, {"parallel.tp": 1, "parallel.cp": 1})
+    assert (narrow.parallel.sequence_parallel, narrow.parallel.cp_kind) == (False, "all_gather")
+    stored = _config("engine.activation_checkpointing=true", "engine.activation_offload=true")
+    assert not changed(stored, {"engine.activation_checkpointing": False}).engine.activation_offload
+    assert arguments({}) == "as it is" and arguments({"a.b": None}, prefix="stages.x.") == "--set stages.x.a.b=null"
+    with pytest.raises(UserError, match=r"^training: global_batch_tokens"):
+        changed(config, {"training.micro_batch_size": 3})
+
+
+TINY = ["model.d_model=64", "model.d_ff=160", "training.seq_len=128"]
+
+
+def _of_both(overrides: list[str]) -> list[Outlook]:
+    config, h100 = _config(*TINY, *overrides), DEVICES["h100"]
+    return [look(config, h100, world_size=2) for look in (outlook, quick_outlook)]
+
+
+def test_a_few_layers_tell_of_many() -> None:
+    layers = ["model.n_layers=7", "engine.precision=bf16", "engine.activation_checkpointing=true"]
+    whole, told = alone(_of_both, [*layers, "parallel.tp=2", "training.micro_batch_size=4"])
+    assert told.peak == pytest.approx(whole.peak, rel=0.02)
+    assert told.bound.flops == whole.bound.flops and told.bound.mfu == pytest.approx(whole.bound.mfu, rel=0.01)
+    assert told.bound.parts == pytest.approx(whole.bound.parts, rel=0.01)
+    assert told.bound.parts["recomputation"] > 0 and told.bound.parts["waited"] > 0
+
+
+def _rescued() -> tuple[Outlook, list[Any]]:
+    config = _config(*TINY, "engine.precision=bf16", "training.global_batch_tokens=128", "model.vocab_size=128")
+    h100 = DEVICES["h100"]
+    sizes = [
+        quick_outlook(changed(config, {"engine.activation_checkpointing": on}), h100, world_size=1).peak
+        for on in (False, True)
+    ]
+    tiny = dataclasses.replace(h100, memory=sum(sizes) / 2)
+    return advise(config, tiny, world_size=1)
+
+
+def test_real_estimates_find_what_makes_a_run_fit() -> None:
+    now, helping = alone(_rescued)
+    assert not now.fits
+    assert helping and all(advice.fits for advice in helping)
+    found = {key: advice for advice in helping for key in advice.settings}
+    assert found["engine.activation_checkpointing"].faster < 0 < found["engine.activation_checkpointing"].saved
+    assert [advice.seconds for advice in helping] == sorted(advice.seconds for advice in helping)
