@@ -112,7 +112,7 @@ def _row(run: SweepRun, state: State) -> dict[str, Any]:
     row |= {"global_batch_tokens": run.config.training.global_batch_tokens, "config_hash": run.config_hash}
     if state.status == "finished":
         row["loss"] = _final_loss(run.folder / "final.json")
-        rates = [record["tokens_per_second"] for record in read_metrics(run.folder).get("train", [])]
+        rates = [record["tokens_per_second"] for record in _metrics(run.folder).get("train", [])]
         row["tokens_per_second"] = statistics.median(rates) if rates else math.nan
     return row
 
@@ -149,8 +149,6 @@ def _tokens_of(folder: str) -> int | None:
 
 
 def _curve(run: SweepRun) -> list[dict[str, Any]]:
-    if not (run.folder / "metrics.jsonl").is_file():
-        return []
     batch = run.config.training.global_batch_tokens
     return [
         {
@@ -159,14 +157,16 @@ def _curve(run: SweepRun) -> list[dict[str, Any]]:
             "flops": record["step"] * batch * run.shape.flops_per_token,
             "loss": record["validation_loss"],
         }
-        for record in read_metrics(run.folder).get("evaluation", [])
+        for record in _metrics(run.folder).get("evaluation", [])
     ]
 
 
 def _last_step(folder: Path) -> int:
-    if not (folder / "metrics.jsonl").is_file():
-        return 0
-    return max((record["step"] for record in read_metrics(folder).get("train", [])), default=0)
+    return max((record["step"] for record in _metrics(folder).get("train", [])), default=0)
+
+
+def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return read_metrics(folder) if (folder / "metrics.jsonl").is_file() else {}
 
 
 def _is_held(lock: Path) -> bool:

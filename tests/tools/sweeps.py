@@ -26,7 +26,7 @@ def tree(out: Path, data: str = "nowhere", **over: Any) -> dict[str, Any]:
     return found | {"grids": [block], "evaluations": 2, "checkpoints": 2} | over
 
 
-def until(what: str, holds: Callable[[], bool], *, seconds: float = 300.0) -> None:
+def until(what: str, holds: Callable[[], bool], *, seconds: float = 600.0) -> None:
     """Returns when it holds; the test fails when it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():

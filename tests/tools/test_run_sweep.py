@@ -57,7 +57,7 @@ def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
     launcher = start(grid)
     until_step(run.folder, 5)
     launcher.send_signal(signal.SIGKILL)
-    launcher.wait(300)
+    launcher.wait(600)
     until("the run has saved and left", lambda: state_of(out, run).status != "running")
     saved = [record["step"] for record in read_metrics(run.folder)["checkpoint"]]
     assert saved and 5 <= saved[-1] < STEPS
@@ -111,7 +111,7 @@ def test_continued_over_hosts_it_is_the_run_that_nothing_stopped(
     for run in runs:
         until_step(run.folder, 3)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(300) == 75
+    assert launcher.wait(600) == 75
     assert all(len(read_metrics(run.folder)["train"]) < STEPS for run in runs)
     assert run_sweep.main(["run", str(grid), seeds, "--jobs", "2"]) == 0
     assert run_sweep.main(["run", str(grid), seeds, f"--set=output_dir={tmp_path / 'whole'}"]) == 0
@@ -120,6 +120,17 @@ def test_continued_over_hosts_it_is_the_run_that_nothing_stopped(
     tables = [pandas.read_csv(folder / "results.csv") for folder in (tmp_path / "out", tmp_path / "whole")]
     assert list(tables[0]["loss"]) == list(tables[1]["loss"])
     assert list(tables[0]["config_hash"]) == list(tables[1]["config_hash"])
+
+
+@pytest.mark.slow
+def test_a_run_has_the_devices_of_the_grid_also_where_they_are_cores(grid: Path, tmp_path: Path) -> None:
+    """Two processes here, by launch.sh, and on a host by the same job."""
+    two = ["--set=machine={devices: 2}", "--set=base.training.micro_batch_size=1"]
+    two.append("--set=grids=[{mixers: [sisa], d_s: [8], tokens: [2048.0]}]")
+    assert run_sweep.main(["run", str(grid), *two]) == 0
+    (log,) = (tmp_path / "out" / "logs").iterdir()
+    assert "--nproc-per-node 2 -m sisa_dist.cli train" in log.read_text(encoding="utf-8")
+    assert list(pandas.read_csv(tmp_path / "out" / "results.csv")["status"]) == ["finished"]
 
 
 @pytest.mark.slow

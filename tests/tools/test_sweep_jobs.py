@@ -78,7 +78,7 @@ def until_training(tmp_path: Path, run: SweepRun) -> None:
 def test_a_job_trains_then_scores_and_is_done_once(tmp_path: Path, sweep: list[SweepRun]) -> None:
     run = sweep[0]
     assert state_of(tmp_path / "out", run).status == "missing"
-    assert job(tmp_path, run).wait(300) == 0 == job(tmp_path, run).wait(300)
+    assert job(tmp_path, run).wait(600) == 0 == job(tmp_path, run).wait(300)
     assert [line.split()[3:5] for line in log(tmp_path, run).splitlines() if line.startswith("+")] == [
         ["sisa_dist.cli", "train"],
         ["sisa_dist.cli", "eval"],
@@ -98,12 +98,12 @@ def test_a_job_that_is_asked_to_stop_lets_its_run_save(tmp_path: Path, sweep: li
         process.stdin.close()
     else:
         process.send_signal(signal.SIGUSR1 if how == "signal" else signal.SIGKILL)
-    code = process.wait(300)
+    code = process.wait(600)
     assert code == (75 if how != "kill" else -9)
     until("the run saves", lambda: "saved" in log(tmp_path, run))
     assert f"signal {10 if how == 'signal' else 15}: saved" in log(tmp_path, run)
     assert state_of(out, run).status == "missing" and not (out / "jobs" / f"{run.name}.json").exists()
-    assert job(tmp_path, run).wait(300) == 0 and state_of(out, run).status == "finished"
+    assert job(tmp_path, run).wait(600) == 0 and state_of(out, run).status == "finished"
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_others(
