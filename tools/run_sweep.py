@@ -25,9 +25,10 @@ from sweep_grid import Grid, load_grid
 from sweep_job import AGAIN, ROOT
 from sweep_next import with_next
 from sweep_plan import make_plan, print_plan
-from sweep_pool import Slot, StopAsked, local_slots, run_all
-from sweep_results import State, refuse_others, state_of, write_tables
+from sweep_pool import StopAsked, run_all
+from sweep_results import State, refuse_others, share_left, state_of, write_tables
 from sweep_rules import SweepRun, make_runs
+from sweep_slots import Slot, host_slots, local_slots
 from sweep_slurm import write_script
 
 from data_pipeline.building import locked
@@ -99,6 +100,7 @@ def _plan(
     grid: Grid, runs: list[SweepRun], chosen: list[SweepRun], arguments: argparse.Namespace, console: Console
 ) -> int:
     sweep, at_once = Path(grid.output_dir), arguments.jobs or 1
+    refuse_others(runs)
     states = {run.name: state_of(sweep, run) for run in chosen}
     plan = make_plan(
         sweep,
@@ -117,14 +119,15 @@ def _run(
     grid: Grid, runs: list[SweepRun], chosen: list[SweepRun], arguments: argparse.Namespace, console: Console
 ) -> int:
     sweep = Path(grid.output_dir)
-    slots = _slots(grid, arguments)
     refuse_others(runs)
+    slots = _slots(grid, arguments, console)
     sweep.mkdir(parents=True, exist_ok=True)
     busy = f"{sweep}: another run_sweep is at work here: wait for it, or name another output_dir"
     with locked(sweep / ".lock", busy), StopAsked() as stop:
         states = write_tables(sweep, runs)
-        left = [run for run in chosen if states[run.name].status != "finished"]
-        flops = sum(run.flops for run in left)
+        done = {"finished", "running"} if arguments.slurm else {"finished"}  # a task that runs is left to its own array
+        left = [run for run in chosen if states[run.name].status not in done]
+        flops = sum(run.flops * share_left(run, states[run.name]) for run in left)
         console.print(f"{len(chosen)} runs, {len(left)} of them to do: {flops:.4g} FLOPs", markup=False)
         for run in left:
             path = sweep / "configs" / f"{run.name}.yaml"
@@ -133,8 +136,11 @@ def _run(
         if left:
             _prepare(sweep / "configs" / f"{left[0].name}.yaml")
         if arguments.slurm:
+            before = (sweep / "sweep.sbatch").is_file()
             script = write_script(sweep, left, grid.machine, name=grid.name, at_once=arguments.jobs)
             console.print(f"{len(left)} runs: sbatch {script}", markup=False)
+            if before:
+                console.print("tasks of an earlier one that still wait in SLURM's queue are among them: scancel those")
             return 0
         run_all(sweep, left, slots, console, stop, launch=grid.machine.devices > 1)
         states = write_tables(sweep, runs)
@@ -146,7 +152,7 @@ def _run(
     return AGAIN if stop else 1
 
 
-def _slots(grid: Grid, arguments: argparse.Namespace) -> list[Slot]:
+def _slots(grid: Grid, arguments: argparse.Namespace, console: Console) -> list[Slot]:
     at_once = arguments.jobs or 1
     if arguments.slurm:
         return []
@@ -155,7 +161,7 @@ def _slots(grid: Grid, arguments: argparse.Namespace) -> list[Slot]:
     hosts = [host for host in arguments.hosts.split(",") if host]
     if not hosts:
         raise UserError("--hosts names none: give them with commas, or leave it out")
-    return [Slot(host=host) for _ in range(at_once) for host in dict.fromkeys(hosts)]
+    return host_slots(hosts, at_once, grid.machine.devices, console)
 
 
 def _prepare(config: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from sweep_grid import Machine
-from sweep_results import State
+from sweep_results import State, share_left
 from sweep_rules import SweepRun
 
 from sisa_dist.config import RunConfig, UserError, replace_file
@@ -149,7 +149,7 @@ def print_plan(
     at_once: int,
     price: float | None,
 ) -> None:
-    """A line a run, then the sum of all and of what is left."""
+    """A line a run, then the sum of all and of what is left, of runs that have begun only the rest."""
     width = max(len(run.name) for run in runs)
     print(
         f"{'run':{width}}  {'parameters':>14} {'not embedding':>14} {'d_ff':>6} {'tokens':>16} {'batch':>10} {'lr':>9} "
@@ -165,12 +165,14 @@ def print_plan(
             f"{_duration(planned.seconds):>9}{cost}  {states[run.name].status}"
         )
     print(f"\nspeed {plan.how}; {machine.devices} device(s) a run")
-    left = [run for run in runs if states[run.name].status != "finished"]
-    for what, chosen in (("all", list(runs)), ("left", left)):
-        seconds = [plan.runs[run.name].seconds for run in chosen]
+    whole = [(run, 1.0) for run in runs]
+    left = [(run, share_left(run, states[run.name])) for run in runs if states[run.name].status != "finished"]
+    for what, chosen in (("all", whole), ("left", left)):
+        seconds = [plan.runs[run.name].seconds * share for run, share in chosen]
         wall = _side_by_side(seconds, at_once)
         hours = sum(seconds) / 3600 * machine.devices
-        line = f"{what}: {len(chosen)} runs, {sum(run.flops for run in chosen):.4g} FLOPs, {hours:,.1f} device-hours, "
+        flops = sum(run.flops * share for run, share in chosen)
+        line = f"{what}: {len(chosen)} runs, {flops:.4g} FLOPs, {hours:,.1f} device-hours, "
         line += f"{_duration(wall)} with {at_once} at a time"
         print(line + ("" if price is None else f", cost {sum(seconds) / 3600 * machine.devices * price:,.2f}"))
 

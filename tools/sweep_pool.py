@@ -6,66 +6,22 @@ Every job saves and leaves when its stdin ends, so it does when we are asked to 
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from sweep_job import AGAIN
 from sweep_results import State, state_of
 from sweep_rules import SweepRun
+from sweep_slots import Slot
 
-from sisa_dist.config import UserError
-
-_JOB = Path(__file__).resolve().with_name("sweep_job.py")
 _UNREACHABLE = 255  # ssh's own exit code
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place where one run at a time trains."""
-
-    host: str | None = None  # None: here
-    devices: str | None = None  # CUDA_VISIBLE_DEVICES here
-    processes: int = 1
-    threads: int | None = None
-
-    def command(self, sweep: Path, name: str, *, launch: bool) -> list[str]:
-        job = [sys.executable, str(_JOB), str(sweep.resolve()), name, "--until-eof"] + (["--launch"] if launch else [])
-        return job if self.host is None else ["ssh", "-o", "BatchMode=yes", self.host, f"exec {shlex.join(job)}"]
-
-    def environment(self) -> dict[str, str]:
-        found = dict(os.environ)
-        if self.threads is not None:
-            found.setdefault("OMP_NUM_THREADS", str(self.threads))  # what the user set counts
-        if self.devices is not None:
-            found |= {"CUDA_VISIBLE_DEVICES": self.devices, "NPROC": str(self.processes)}
-        return found
-
-
-def local_slots(at_once: int, devices: int) -> list[Slot]:
-    """`devices` of each run. Raises UserError where there are not so many."""
-    have = torch.cuda.device_count()
-    if not have:
-        threads = max(1, (os.cpu_count() or 1) // at_once)
-        return [Slot(processes=devices, threads=threads)] * at_once
-    if at_once * devices > have:
-        raise UserError(
-            f"{at_once} run(s) at a time of {devices} device(s) each, and there are {have} here: lower --jobs or "
-            "machine.devices"
-        )
-    shares = [range(first, first + devices) for first in range(0, at_once * devices, devices)]
-    return [Slot(devices=",".join(map(str, share)), processes=devices) for share in shares]
 
 
 class StopAsked:

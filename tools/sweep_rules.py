@@ -72,15 +72,22 @@ class SweepRun:
 
 
 def config_hash(config: RunConfig) -> str:
-    """16 hexadecimal digits of all that alters the result of a run or of its last evaluation."""
+    """16 hexadecimal digits of all that alters the result of a run or of its last evaluation.
+
+    data.input too, as it is spelled, though a run may go on without: it does so on the data it was begun with, which
+    tell themselves by their fingerprint, and a finished run does not look at them again. Nothing is lost by it, since
+    a folder that was prepared from an input of another spelling is refused in training as well.
+    """
+    given = config.data.input
     keys = keys_that_count(config) | {"evaluation": config.evaluation.model_dump()}
+    keys |= {"data.input": [given] if isinstance(given, str) else given}
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_runs(grid: Grid) -> list[SweepRun]:
     """In the grid's order; one that two blocks ask for stands where it was asked for first.
 
-    Raises UserError where a size, a d_s or a budget cannot be met.
+    Raises UserError where a size, a d_s or a budget cannot be met, and where two runs would have one name.
     """
     transformers: dict[str, Shape] = {}
     shapes: dict[tuple[str, str, int | None], Shape] = {}
@@ -93,6 +100,13 @@ def make_runs(grid: Grid) -> list[SweepRun]:
                 shapes[size, mixer, d_s] = _matched(grid, transformers[size], mixer, d_s)
             for run in _runs_of(grid, block, shapes[size, mixer, d_s], d_s):
                 found.setdefault(run.config_hash, run)
+    named: dict[str, SweepRun] = {}
+    for run in found.values():
+        if named.setdefault(run.name, run) is not run:
+            raise UserError(
+                f"grids: two runs that differ would both be {run.name}: a name has 4 digits of a budget and of lr: "
+                "round them, or leave one out"
+            )
     return list(found.values())
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from uuid import uuid4
 
 from sisa_dist.config.errors import UserError
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes `text` beside `path` and renames it. Raises UserError where that fails; `path` is then as it was."""
-    beside = path.with_name(path.name + ".tmp")
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes `content` beside `path` and renames it. Raises UserError where that fails; `path` is then as it was.
+
+    Of several processes that do so at once, on whatever hosts, the last has its way.
+    """
+    beside = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

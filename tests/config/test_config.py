@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sisa_dist.config import UserError, dump_config, load_config, load_run, parse_config
+from sisa_dist.config import UserError, dump_config, files, load_config, load_run, parse_config, replace_file
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -140,3 +141,16 @@ def test_every_shipped_config_is_valid() -> None:
     for path in paths:
         for stage in load_run(path).stages:
             assert parse_config(yaml.safe_load(dump_config(stage.config)), source=str(path)) == stage.config
+
+
+def test_a_file_that_two_replace_at_once_is_one_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "table", os.replace
+
+    def another_comes_first(beside: Path, target: Path) -> None:
+        monkeypatch.setattr(files.os, "replace", rename)
+        replace_file(path, b"theirs")
+        rename(beside, target)
+
+    monkeypatch.setattr(files.os, "replace", another_comes_first)
+    replace_file(path, "ours")
+    assert path.read_text(encoding="utf-8") == "ours" and list(tmp_path.iterdir()) == [path]

@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_cases import BASE, MIXTURES
 from sisa_dist.config import ModelConfig, UserError, parse_config
 from sisa_dist.model import build_model, num_parameters
-from sisa_dist.model.feed_forward import feed_forward_multiply_adds
 from sisa_dist.model.init import init_parameters
 from sisa_dist.model.moe import MoE
 
@@ -130,22 +128,14 @@ def test_the_loss_is_the_language_models_and_the_gradient_is_of_both() -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_costs_are_those_of_a_counter_and_a_formula(name: str) -> None:
+def test_parameters_are_those_of_a_formula(name: str) -> None:
     config = ModelConfig(**(BASE | MIXTURES[name]))
     layer = config.layer_mlps.index("moe")
-    model = build_model(config).double()  # fp64 goes by the loop, whose products the counter knows
-    module = model.blocks[layer].mlp
+    module = build_model(config).blocks[layer].mlp
     assert isinstance(module, MoE) and config.moe is not None
     moe, width = config.moe, config.d_model
     inner = moe.experts * config.expert_d_ff + config.shared_d_ff
     assert num_parameters(module) == width * (3 * inner + moe.experts)
-    x_BTD = torch.randn(2, 64, width, dtype=torch.float64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _, (_, counts_E) = module(x_BTD)
-    # Groups are padded to 8 rows; but for that it is exact.
-    padding = sum(-int(count) % 8 for count in counts_E.tolist())
-    padded = padding * 3 * width * config.expert_d_ff
-    assert counter.get_total_flops() == 2 * (128 * feed_forward_multiply_adds(config, layer) + padded)
 
 
 @pytest.mark.parametrize(

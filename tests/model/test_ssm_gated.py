@@ -9,13 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mixer_cases import BASE
 from sisa_dist.config import AttentionConfig, ModelConfig, OptimizerConfig, UserError, load_config
 from sisa_dist.engine.optim import build_optimizer
 from sisa_dist.model import LM, build_model, generate
-from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.model.rope import rope_tables
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -144,12 +142,9 @@ def test_recomputation_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("ffn", ["sequential", "parallel", "ssm_gated"])
-def test_parameters_and_flops_are_what_is_counted(ffn: str) -> None:
-    config, T = config_of(ffn=ffn), 33
-    model = build_model(config, attention=AttentionConfig(path="bisected"))  # of one call on CPU torch counts none
-    with FlopCounterMode(display=False) as counter:
-        model(tokens_of(1, T))
-    assert training_flops_per_token(config, T) == pytest.approx(3 * counter.get_total_flops() / T, rel=1e-9)
+def test_parameters_are_what_is_counted(ffn: str) -> None:
+    config = config_of(ffn=ffn)
+    model = build_model(config)
     for block, d_s in zip(model.blocks, config.layer_d_s, strict=True):
         outside = sum(p.numel() for p in block.parameters()) - sum(p.numel() for p in block.mixer.parameters())
         norms, u = (2, 0) if ffn == "sequential" else (1, 48 * d_s if ffn == "ssm_gated" else 0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 SIZES = {"a": {"d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 80}}
@@ -21,6 +24,15 @@ def tree(out: Path, data: str = "nowhere", **over: Any) -> dict[str, Any]:
     block = {"name": "all", "mixers": ["attention", "sisa"], "d_s": [8], "tokens": [2048]}
     found = {"name": "tiny", "output_dir": str(out), "sizes": SIZES, "lr": 1e-3, "batch": 256, "base": base}
     return found | {"grids": [block], "evaluations": 2, "checkpoints": 2} | over
+
+
+def until(what: str, holds: Callable[[], bool], *, seconds: float = 600.0) -> None:
+    """Returns when it holds; the test fails when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:.0f} s in vain: {what}")
+        time.sleep(0.02)
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:

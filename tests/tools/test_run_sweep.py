@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas
 import pytest
 import run_sweep
 from sweep_grid import load_grid
-from sweep_results import COLUMNS, CURVES
+from sweep_results import COLUMNS, CURVES, state_of
 from sweep_rules import config_hash, make_runs
-from sweeps import tree, write
+from sweeps import tree, until, write
 
+from data_pipeline.index import Index
 from runs import losses
 from sisa_dist.config import load_config
 from sisa_dist.training.metrics_file import read_metrics
@@ -43,13 +43,10 @@ def start(grid: Path, *more: str) -> subprocess.Popen[bytes]:
 
 
 def until_step(folder: Path, step: int) -> None:
-    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder).get("train", [])) < step:
-        time.sleep(0.05)
+    def there() -> bool:
+        return (folder / "metrics.jsonl").exists() and len(read_metrics(folder).get("train", [])) >= step
 
-
-def until_left(out: Path, name: str) -> None:
-    with (out / "jobs" / f"{name}.lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    until(f"step {step} in {folder}", there)
 
 
 def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
@@ -60,8 +57,8 @@ def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
     launcher = start(grid)
     until_step(run.folder, 5)
     launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
-    until_left(out, run.name)
+    launcher.wait(600)
+    until("the run has saved and left", lambda: state_of(out, run).status != "running")
     saved = [record["step"] for record in read_metrics(run.folder)["checkpoint"]]
     assert saved and 5 <= saved[-1] < STEPS
     assert run_sweep.main(["status", str(grid)]) == 0
@@ -83,15 +80,19 @@ def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
     assert first["loss"] == final["perplexity"]["loss"] and final["step"] == STEPS
     assert first["loss"] < metrics["evaluation"][0]["validation_loss"] and first["tokens_per_second"] > 0
     assert (first["parameters"], first["tokens"], first["d_s"]) == (run.shape.parameters, STEPS * 256, 8)
+    data = Index.load(f"{run.config.data.folder}/train")
+    assert first["unique_tokens"] == second["unique_tokens"] == data.num_tokens > 0
     assert first["config_hash"] == config_hash(load_config(run.folder / "config.yaml")) == run.config_hash
     curves = pandas.read_csv(out / "curves.csv")
     assert tuple(curves.columns) == CURVES and list(curves["tokens"]) == [STEPS * 128, STEPS * 256]
     assert curves["flops"].iloc[-1] == pytest.approx(run.flops) and list(curves["loss"]) == [
         record["validation_loss"] for record in metrics["evaluation"]
     ]
-    # Another grid does not go on with these runs.
-    assert run_sweep.main(["run", str(grid), "--set=lr=2e-3"]) == 2
-    assert "was begun with other settings than the grid's now" in capfd.readouterr().err
+    # Another grid does not go on with these runs, nor does it take their results for its own.
+    shutil.rmtree(run.folder / "checkpoints")
+    for command in ("run", "plan", "status"):
+        assert run_sweep.main([command, str(grid), "--set=lr=2e-3"]) == 2
+        assert "was begun with other settings than the grid's now" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -110,7 +111,7 @@ def test_continued_over_hosts_it_is_the_run_that_nothing_stopped(
     for run in runs:
         until_step(run.folder, 3)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait() == 75
+    assert launcher.wait(600) == 75
     assert all(len(read_metrics(run.folder)["train"]) < STEPS for run in runs)
     assert run_sweep.main(["run", str(grid), seeds, "--jobs", "2"]) == 0
     assert run_sweep.main(["run", str(grid), seeds, f"--set=output_dir={tmp_path / 'whole'}"]) == 0
@@ -119,6 +120,17 @@ def test_continued_over_hosts_it_is_the_run_that_nothing_stopped(
     tables = [pandas.read_csv(folder / "results.csv") for folder in (tmp_path / "out", tmp_path / "whole")]
     assert list(tables[0]["loss"]) == list(tables[1]["loss"])
     assert list(tables[0]["config_hash"]) == list(tables[1]["config_hash"])
+
+
+@pytest.mark.slow
+def test_a_run_has_the_devices_of_the_grid_also_where_they_are_cores(grid: Path, tmp_path: Path) -> None:
+    """Two processes here, by launch.sh, and on a host by the same job."""
+    two = ["--set=machine={devices: 2}", "--set=base.training.micro_batch_size=1"]
+    two.append("--set=grids=[{mixers: [sisa], d_s: [8], tokens: [2048.0]}]")
+    assert run_sweep.main(["run", str(grid), *two]) == 0
+    (log,) = (tmp_path / "out" / "logs").iterdir()
+    assert "--nproc-per-node 2 -m sisa_dist.cli train" in log.read_text(encoding="utf-8")
+    assert list(pandas.read_csv(tmp_path / "out" / "results.csv")["status"]) == ["finished"]
 
 
 @pytest.mark.slow

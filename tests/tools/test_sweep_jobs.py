@@ -7,18 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pandas
 import pytest
 import sweep_job
-import sweep_pool
+import sweep_slots
 from rich.console import Console
 from sweep_grid import load_grid
-from sweep_pool import Slot, StopAsked, local_slots, run_all
-from sweep_results import state_of
+from sweep_pool import StopAsked, run_all
+from sweep_results import share_left, state_of, write_tables
 from sweep_rules import SweepRun, make_runs
-from sweeps import tree, write
+from sweep_slots import Slot, host_slots, local_slots
+from sweeps import tree, until, write
 
 from sisa_dist.config import UserError
 
@@ -56,7 +57,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[SweepRun]:
     (tmp_path / "sisa_dist" / "__init__.py").touch()
     (tmp_path / "sisa_dist" / "cli.py").write_text(SISA, encoding="utf-8")
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(sweep_pool, "_JOB", tmp_path / "tools" / "sweep_job.py")
+    monkeypatch.setattr(sweep_slots, "_JOB", tmp_path / "tools" / "sweep_job.py")
     return make_runs(load_grid(write(tmp_path, tree(tmp_path / "out"))))
 
 
@@ -71,14 +72,13 @@ def log(tmp_path: Path, run: SweepRun) -> str:
 
 
 def until_training(tmp_path: Path, run: SweepRun) -> None:
-    while "training " not in log(tmp_path, run):
-        time.sleep(0.02)
+    until("the run trains", lambda: "training " in log(tmp_path, run))
 
 
 def test_a_job_trains_then_scores_and_is_done_once(tmp_path: Path, sweep: list[SweepRun]) -> None:
     run = sweep[0]
     assert state_of(tmp_path / "out", run).status == "missing"
-    assert job(tmp_path, run).wait() == 0 == job(tmp_path, run).wait()
+    assert job(tmp_path, run).wait(600) == 0 == job(tmp_path, run).wait(300)
     assert [line.split()[3:5] for line in log(tmp_path, run).splitlines() if line.startswith("+")] == [
         ["sisa_dist.cli", "train"],
         ["sisa_dist.cli", "eval"],
@@ -98,13 +98,12 @@ def test_a_job_that_is_asked_to_stop_lets_its_run_save(tmp_path: Path, sweep: li
         process.stdin.close()
     else:
         process.send_signal(signal.SIGUSR1 if how == "signal" else signal.SIGKILL)
-    code = process.wait()
+    code = process.wait(600)
     assert code == (75 if how != "kill" else -9)
-    while "saved" not in log(tmp_path, run):
-        time.sleep(0.02)
+    until("the run saves", lambda: "saved" in log(tmp_path, run))
     assert f"signal {10 if how == 'signal' else 15}: saved" in log(tmp_path, run)
     assert state_of(out, run).status == "missing" and not (out / "jobs" / f"{run.name}.json").exists()
-    assert job(tmp_path, run).wait() == 0 and state_of(out, run).status == "finished"
+    assert job(tmp_path, run).wait(600) == 0 and state_of(out, run).status == "finished"
 
 
 def test_a_failed_run_is_named_and_does_not_stop_the_others(
@@ -159,16 +158,73 @@ def test_over_hosts_by_ssh_one_of_which_is_not_there(
     assert state_of(tmp_path / "out", sweep[0]).status == "missing"
 
 
-def test_what_a_slot_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (slot, _) = local_slots(2, 1)
-    assert slot.threads == max(1, (os.cpu_count() or 1) // 2)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert slot.environment()["OMP_NUM_THREADS"] == str(slot.threads)
+def test_what_a_slot_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.cpu_count() or 1
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (first, second) = (slot.environment() for slot in local_slots(2, 3))
+    assert first == second and "CUDA_VISIBLE_DEVICES" not in first
+    assert (first["NPROC"], first["OMP_NUM_THREADS"]) == ("3", str(max(1, cores // 6)))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert slot.environment()["OMP_NUM_THREADS"] == "7"
-    monkeypatch.setattr(sweep_pool.torch.cuda, "device_count", lambda: 4)
+    assert local_slots(1, 1)[0].environment()["OMP_NUM_THREADS"] == "7"
+    monkeypatch.setattr(sweep_slots.torch.cuda, "device_count", lambda: 4)
     assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in local_slots(2, 2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,GPU-8f3e,7")  # those are ours, by whatever name
+    assert [slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in local_slots(2, 2)] == ["2,5", "GPU-8f3e,7"]
     with pytest.raises(UserError, match="and there are 4 here"):
         local_slots(3, 2)
-    assert "--launch" in Slot(host="a").command(tmp_path, "name", launch=True)[-1]
-    assert json.dumps(Slot(host="a").command(tmp_path, "n", launch=False)[:4]) == '["ssh", "-o", "BatchMode=yes", "a"]'
+
+
+def test_what_the_slots_of_hosts_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each host is asked what it has; what a slot is told reaches the job through its shell."""
+    answers = 'gpus) echo "[4, null, 16]";; some) echo "[2, \\"6,7\\", 16]";; cpus) echo "[0, null, 12]";;'
+    ask = f'case $3 in {answers} *) echo "ssh: no route" >&2; exit 255;; esac'
+    ssh = f'#!/bin/bash\ncase $4 in *device_count*) {ask};; *) exec bash -c "$4";; esac\n'
+    (tmp_path / "ssh").write_text(ssh, encoding="utf-8")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    console = Console(soft_wrap=True)
+    slots = host_slots(["gpus", "gone", "cpus", "gpus"], 2, 2, console)
+    assert capsys.readouterr().out == "gone: ssh: no route: left out\n"
+    assert [slot.host for slot in slots] == ["gpus", "cpus", "gpus", "cpus"]
+    job = "import os; print([os.getenv(key) for key in ('CUDA_VISIBLE_DEVICES', 'NPROC', 'OMP_NUM_THREADS')])"
+    (tmp_path / "job.py").write_text(job, encoding="utf-8")
+    monkeypatch.setattr(sweep_slots, "_JOB", tmp_path / "job.py")
+
+    def told(slot: Slot) -> str:
+        command = slot.command(tmp_path, "name", launch=True)
+        assert command[:4] == ["ssh", "-o", "BatchMode=yes", slot.host] and "--launch" in command[-1]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert [told(slot) for slot in slots[::2]] == ["['0,1', '2', '4']", "['2,3', '2', '4']"]
+    assert told(slots[1]) == "[None, '2', '3']"
+    assert told(host_slots(["some"], 1, 1, console)[0]) == "['6', '1', '16']"
+    with pytest.raises(UserError, match=r"2 run\(s\) at a time of 2 device\(s\) each, and there are 2 on some"):
+        host_slots(["gpus", "some"], 2, 2, console)
+    with pytest.raises(UserError, match="--hosts: none of them can be used"):
+        host_slots(["gone"], 1, 1, console)
+
+
+def test_a_result_without_a_loss_is_a_failure_and_the_tables_are_written(tmp_path: Path, sweep: list[SweepRun]) -> None:
+    out = tmp_path / "out"
+    for run, final in zip(sweep, ('{"niah": {"accuracy": 1.0}}', '{"perplexity": {"loss": 2.5}}'), strict=True):
+        run.folder.mkdir(parents=True)
+        (run.folder / "final.json").write_text(final, encoding="utf-8")
+    states = write_tables(out, sweep)
+    assert [states[run.name].status for run in sweep] == ["failed", "finished"]
+    assert "final.json holds no loss on held-out text: see to data.validation_fraction" in states[sweep[0].name].why
+    table = pandas.read_csv(out / "results.csv")
+    assert list(table["status"]) == ["failed", "finished"] and list(table["loss"].fillna(0)) == [0, 2.5]
+
+
+def test_what_is_left_of_a_run_is_what_its_last_checkpoint_lacks(tmp_path: Path, sweep: list[SweepRun]) -> None:
+    out, run = tmp_path / "out", sweep[0]
+    run.folder.mkdir(parents=True)
+    records = [{"kind": "train", "step": step} for step in range(1, 7)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+    assert run.config.training.steps == 8 and state_of(out, run).step == 6 and share_left(run, state_of(out, run)) == 1
+    (run.folder / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert share_left(run, state_of(out, run)) == 0.5

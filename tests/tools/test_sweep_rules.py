@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -10,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import ds_grid
+import pandas
 import pytest
 import run_sweep
 from equal_parameters import parameters
 from sweep_grid import load_grid
 from sweep_next import size_of
 from sweep_plan import scored_tokens
+from sweep_results import write_tables
 from sweep_rules import SweepRun, config_hash, make_runs
 from sweeps import SIZES, tree, write
 
-from sisa_dist.config import parse_config
+from sisa_dist.config import dump_config, parse_config
 from sisa_dist.model.flops import training_flops_per_token
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +121,10 @@ def test_the_hash_is_of_what_alters_the_result(tmp_path: Path) -> None:
         with_keys("optimizer", lr=2e-3),
         with_keys("model", d_ff=81),
         with_keys("evaluation", perplexity_windows=7),
+        with_keys("data", input="other/*.txt"),
     ]
-    assert len({run.config_hash, *others}) == 4
+    assert len({run.config_hash, *others}) == 5
+    assert with_keys("data", input=["other/*.txt"]) == others[-1]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,7 @@ def test_the_hash_is_of_what_alters_the_result(tmp_path: Path) -> None:
         ({"decay": 0.2}, "decay has no effect unless base.schedule.kind is wsd"),
         ({"base": {"training": {"steps": 3}}}, "base.training.steps is the grid's to set: remove it (grids.tokens)"),
         ({"machine": {"mfu": 0.4}}, "peak_flops and mfu say the speed together"),
+        ({"grids": [block(tokens=[1000100.0, 1000400.0])]}, "two runs that differ would both be a_attention_t1e6_s0"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_begins_nothing(
@@ -188,6 +194,54 @@ def test_the_plan_says_all_of_it_and_begins_nothing(tmp_path: Path, capsys: pyte
     assert {found.name for found in (tmp_path / "out").iterdir()} == {"shapes"}
     assert run_sweep.main(["plan", str(path), "--flops-per-second", "1e6", "--no-memory"]) == 0
     assert "speed given: 1e+06 FLOP/s of a device" in capsys.readouterr().out
+
+
+def test_the_plan_counts_what_is_left_and_refuses_runs_of_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, tree(tmp_path / "out"))
+    first, second = make_runs(load_grid(path))
+    (first.folder / "checkpoints" / "step_00000006").mkdir(parents=True)  # of 8
+    (first.folder / "config.yaml").write_text(dump_config(first.config), encoding="utf-8")
+    plan = ["plan", str(path), "--flops-per-second", "1e6", "--no-memory", "--device-hour-price", "3600"]
+    assert run_sweep.main(plan) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left: ")]
+    assert line.startswith(f"left: 2 runs, {first.flops / 4 + second.flops:.4g} FLOPs, ")
+    scored = (2 * 2 + 6) * 64 / 3
+    seconds = [(run.flops + scored * run.shape.flops_per_token) / 1e6 for run in (first, second)]
+    assert line.endswith(f"cost {seconds[0] / 4 + seconds[1]:,.2f}")
+    # A result counts too, after its checkpoints are gone.
+    (first.folder / "checkpoints" / "step_00000006").rmdir()
+    (first.folder / "final.json").write_text('{"perplexity": {"loss": 2.5}}', encoding="utf-8")
+    for changed in ("lr=2e-3", "base.data.input=other.txt"):
+        assert run_sweep.main([*plan, f"--set={changed}"]) == 2
+        assert "was begun with other settings than the grid's now" in capsys.readouterr().err
+
+
+def test_unique_tokens_are_those_of_all_the_data_that_is_read(tmp_path: Path) -> None:
+    for name, tokens in (("one", 700), ("two", 40), ("unread", 5)):
+        (tmp_path / name).mkdir()
+        made = {"settings": {}, "counts": {"train": {"tokens": tokens}, "validation": {"tokens": 9}}}
+        (tmp_path / name / "prepared.json").write_text(json.dumps(made), encoding="utf-8")
+
+    def column(data: dict[str, Any]) -> list[float]:
+        content = tree(tmp_path / "out")
+        content["base"]["data"] = data
+        runs = make_runs(load_grid(write(tmp_path, content)))
+        write_tables(tmp_path / "out", runs)
+        tables = [pandas.read_csv(tmp_path / "out" / "results.csv")]
+        tables.append(pandas.read_parquet(tmp_path / "out" / "results.parquet"))
+        found, same = (list(table["unique_tokens"].astype("float64")) for table in tables)
+        assert found == pytest.approx(same, nan_ok=True)
+        return found
+
+    weights = {"one": 3.0, "two": 1.0, "unread": 0.0}
+    mixture = {name: {"folder": str(tmp_path / name), "weight": weight} for name, weight in weights.items()}
+    assert column({"folder": str(tmp_path / "one")}) == [700, 700]
+    assert column({"mixture": mixture}) == [740, 740]
+    assert all(map(math.isnan, column({"folder": str(tmp_path / "none")})))
+    (tmp_path / "two" / "prepared.json").unlink()
+    assert all(map(math.isnan, column({"mixture": mixture})))
 
 
 def fit(tmp_path: Path, *optima: tuple[float, float], where: dict[str, Any] | None = None) -> Path:
@@ -245,7 +299,8 @@ def test_a_script_for_slurm(
         assert text.count(f"#SBATCH --{line}\n") == 1
     assert text.count("--nodes=") == text.count("--job-name=") == 1 and text.startswith("#!/bin/bash\n")
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text and "trap 'signalled=yes; kill -USR1 $run' USR1" in text
-    names = [run.name for run in make_runs(load_grid(path))]
+    runs = make_runs(load_grid(path))
+    names = [run.name for run in runs]
     # A task runs the job of its number, and what a signal does is the template's.
     (listed,) = [line for line in text.splitlines() if line.startswith("runs=")]
     (job,) = [line for line in text.splitlines() if "sweep_job.py" in line]
@@ -253,3 +308,14 @@ def test_a_script_for_slurm(
     told = ["bash", "-c", f"{listed}; echo {job.removesuffix(' &')}"]
     found = subprocess.run(told, env=environment, capture_output=True, text=True)
     assert found.stdout.split()[-3:] == [str(out), names[1], "--launch"]
+    # A second script leaves out what runs, and what is done.
+    (out / "jobs").mkdir()
+    with (out / "jobs" / f"{names[0]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run_sweep.main(["run", str(path), "--slurm"]) == 0
+        assert "wait in SLURM's queue are among them" in capsys.readouterr().out
+        assert f"\nruns=({names[1]})\n" in (out / "sweep.sbatch").read_text(encoding="utf-8")
+        runs[1].folder.mkdir(parents=True)
+        (runs[1].folder / "final.json").write_text('{"perplexity": {"loss": 2.5}}', encoding="utf-8")
+        assert run_sweep.main(["run", str(path), "--slurm"]) == 2
+        assert "nothing is missing" in capsys.readouterr().err
