@@ -1,4 +1,4 @@
-"""Line charts and heat maps as SVG that takes its colours from the page's style sheet, so that they follow its theme."""
+"""Line charts and heat maps as SVG whose colours are the page's, so that they follow its theme."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 480, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 38
+_WIDTH, _HEIGHT = 420, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
 _MARKED = 40  # points: no more are drawn as dots too
 _LOG_SPAN = 4.0  # a scale that is to choose is logarithmic over more than this
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -204,8 +204,8 @@ def heat_map(title: str, columns: Sequence[str], rows: Sequence[str], values: Se
             )
     below = top + cell_height * len(rows)
     for c, column in enumerate(columns):
-        x = left + (c + 0.5) * cell_width
-        parts.append(f'<text x="{x}" y="{below + 15}" text-anchor="middle">{escape(column)}</text>')
+        centre = left + (c + 0.5) * cell_width
+        parts.append(f'<text x="{centre}" y="{below + 15}" text-anchor="middle">{escape(column)}</text>')
     middle = left + cell_width * len(columns) / 2
     parts.append(f'<text class="label" x="{middle}" y="{below + 34}" text-anchor="middle">tokens</text>')
     parts.append(f'<text class="label" x="{left - 6}" y="{below + 15}" text-anchor="end">depth</text>')

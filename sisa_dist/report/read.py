@@ -198,7 +198,7 @@ def _configured_d_s(run: ConfiguredRun, tokens: list[float]) -> dict[str, ByLaye
 
 
 def _positions(found: Mapping[str, Any]) -> list[Positions]:
-    tables = found["sources"] if "sources" in found else {"": found}
+    tables = found.get("sources", {"": found})
     return [
         Positions(
             str(source),

@@ -26,7 +26,7 @@ from sisa_dist.report.read import ByLayer, Curve, Run
 _TOKENS = "training tokens"
 _RAW = 4  # runs: with more, only smoothed curves
 _UNFOLDED = 3  # runs: with more, curves of single layers and heat maps are folded
-_COLUMNS = 6  # runs that stand side by side in the table of keys; more stand one below the other
+_COLUMNS = 4  # runs that stand side by side in the table of keys; more stand one below the other
 _HIDDEN_KEYS = ("output_dir", "name")
 _OF_LAYERS = {
     "lambda": "λ, mean over heads",

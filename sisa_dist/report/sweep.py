@@ -59,9 +59,11 @@ def read_sweep(folder: Path) -> Sweep:
     if path.is_file():
         with reading(path):
             header_of_curves, *points = _table(path)
-            run, flops, loss = (header_of_curves.index(name) for name in ("run", "flops", "loss"))
+            where = {name: header_of_curves.index(name) for name in ("run", "flops", "loss")}
             for point in points:
-                curves.setdefault(point[run], []).append((float(point[flops]), float(point[loss])))
+                curves.setdefault(point[where["run"]], []).append(
+                    (float(point[where["flops"]]), float(point[where["loss"]]))
+                )
     laws, d_s, skipped = [], [], []
     path = next((folder / name for name in _FITS if (folder / name).is_file()), folder / _FITS[0])
     if path.is_file():
