@@ -37,13 +37,12 @@ def line_chart(
     log_x: bool = False,
     log_y: bool | None = False,
     whole_x: bool = False,
-    unit: Callable[[float], str] | None = None,
+    x_unit: Callable[[float], str] | None = None,
 ) -> str:
     """A figure, or nothing where no line has a value. `log_y` None: where the values span more than a factor of 4.
 
     Of a line with more than `most_points` those are kept that are least and most of their stretch.
     """
-    unit = unit or tidy
     drawn = [line for line in lines if any(map(math.isfinite, line.y))]
     if not drawn:
         return ""
@@ -59,10 +58,10 @@ def line_chart(
     upward = Scale(ys, (_HEIGHT - _BOTTOM, _TOP), log=log_y, margin=0.04, floor=0.0 if from_zero else None)
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *_grid(across, upward, x_label, unit, whole_x),
+        *_grid(across, upward, x_label, x_unit or tidy, whole_x),
     ]
     for line in drawn:
-        parts += _line(line, across, upward, unit, most_points)
+        parts += _line(line, across, upward, most_points)
     return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</svg></figure>"
 
 
@@ -97,46 +96,44 @@ class Scale:
         return self.places[0] + share * (self.places[1] - self.places[0])
 
     def ticks(self, *, most: int = 6, whole: bool = False) -> list[float]:
+        low, high = self.low, self.high
         if self.log:
-            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+            decades = range(math.floor(low), math.ceil(high) + 1)
             for steps in ((1, 2, 5), (1, 3), (1,)):
-                found = [
-                    m * 10.0**k for k in decades for m in steps if self.low <= math.log10(m * 10.0**k) <= self.high
-                ]
+                found = [m * 10.0**k for k in decades for m in steps if low <= math.log10(m * 10.0**k) <= high]
                 if len(found) <= most + 1:
                     break
-            else:
-                found = found[:: -(-len(found) // most)]
-            if len(found) > 1:
+            found = found[:: -(-len(found) // (most + 1))]
+            if len(found) >= 4:
                 return found
-            return [10**self.low, 10 ** ((self.low + self.high) / 2), 10**self.high]
-        rough = (self.high - self.low) / most
+            low, high = 10**low, 10**high  # too short for decades: as of a plain scale
+        rough = (high - low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
         if whole:
             step = max(1.0, math.ceil(step))
-        first = math.ceil(self.low / step - 1e-9)
-        return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        return [n * step for n in range(first, last + 1) if n or not self.log]
 
 
-def _grid(across: Scale, upward: Scale, x_label: str, unit: Callable[[float], str], whole_x: bool) -> list[str]:
+def _grid(across: Scale, upward: Scale, x_label: str, x_unit: Callable[[float], str], whole_x: bool) -> list[str]:
     left, right, bottom = _LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
     for value in upward.ticks():
         y = upward(value)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(unit(value))}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(tidy(value))}</text>')
     for value in across.ticks(whole=whole_x):
         x = across(value)
         parts.append(f'<path class="tick" d="M{x:.1f} {bottom}v4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(tidy(value))}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(x_unit(value))}</text>')
     parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     middle = (left + right) / 2
     parts.append(f'<text class="label" x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     return parts
 
 
-def _line(line: Line, across: Scale, upward: Scale, unit: Callable[[float], str], most: int) -> list[str]:
+def _line(line: Line, across: Scale, upward: Scale, most: int) -> list[str]:
     if line.steps:
         x = [edge for pair in zip(line.x, line.x[1:], strict=False) for edge in pair]
         y = [value for value in line.y for _ in range(2)]
@@ -151,7 +148,7 @@ def _line(line: Line, across: Scale, upward: Scale, unit: Callable[[float], str]
     last = next(value for value in reversed(line.y) if math.isfinite(value))
     parts = [
         f'<g class="line{" faint" if line.faint else ""}" style="{escape(line.style)}">'
-        f"<title>{escape(line.name)}: {escape(unit(last))}</title>"
+        f"<title>{escape(line.name)}: {escape(tidy(last))}</title>"
     ]
     points = [point for stretch in stretches for point in stretch]
     if line.dots is not True:
@@ -159,7 +156,7 @@ def _line(line: Line, across: Scale, upward: Scale, unit: Callable[[float], str]
             if len(stretch) > 1:
                 parts.append(f'<polyline points="{" ".join(f"{px:.1f},{py:.1f}" for px, py in stretch)}"/>')
     if line.dots or len(points) == 1 or (line.dots is None and not line.steps and len(points) <= _MARKED):
-        radius = 4 if line.dots else 2.2
+        radius = 3.5 if line.dots else 2.2
         parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{radius}"/>' for px, py in points]
     return [*parts, "</g>"]
 

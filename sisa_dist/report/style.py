@@ -46,7 +46,7 @@ ul.legend svg{{width:28px;height:10px;flex:none}}
 table{{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}}
 th,td{{padding:.25rem .7rem .25rem 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top;
 white-space:nowrap}}
-td.long{{white-space:normal;overflow-wrap:anywhere;min-width:9rem;max-width:22rem}}
+td.long{{white-space:pre-line;overflow-wrap:anywhere;min-width:12rem;max-width:26rem}}
 th{{font-weight:600;color:var(--soft)}}
 td.number,th.number{{text-align:right}}
 summary{{cursor:pointer;color:var(--accent);margin:.5rem 0}}

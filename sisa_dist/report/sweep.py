@@ -17,12 +17,22 @@ _FITS = ("fit/fit.json", "fit.json")
 
 @dataclass(frozen=True)
 class Law:
-    """A fit as the page tells it."""
+    """A fit as the page tells it: a cell for each of LAW, and rows of OPTIMUM."""
 
-    title: str
-    facts: list[tuple[str, str]]  # what it is, its value with its interval
-    optima: list[list[str]]  # FLOPs, parameters, tokens, loss
-    note: str = ""
+    cells: list[str]
+    optima: list[list[str]]
+
+
+@dataclass(frozen=True)
+class LawOfDs:
+    name: str
+    verdict: str
+    errors: list[list[str]]  # law, held-out error
+    optima: list[list[str]]  # parameters, best d_s, whether that is among those tried
+
+
+LAW = ("fit", "runs", "constants", "N* ∝ C to the power", "D* ∝ C to the power", "held-out error", "law")
+OPTIMUM = ("fit", "FLOPs", "parameters N*", "tokens D*", "loss")
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Sweep:
     ends: dict[str, tuple[float, float]]  # of finished runs
     groups: dict[str, str]  # run -> mixer, with its d_s
     laws: list[Law]
-    d_s: list[Law]  # their optima: parameters, d_s, among those tried
+    d_s: list[LawOfDs]
     skipped: list[str]  # forms that were not fitted, and why
 
 
@@ -93,29 +103,28 @@ def _where(entry: Mapping[str, Any]) -> str:
 
 
 def _law(entry: Mapping[str, Any]) -> Law:
-    facts = [(name, with_interval(value, entry["intervals"][name])) for name, value in entry["parameters"].items()]
-    law = entry["law"]
+    name, law, error = f"{_where(entry)}{entry['form']}", entry["law"], entry["held_out_error"]
+    constants = [
+        f"{each} {with_interval(value, entry['intervals'][each])}" for each, value in entry["parameters"].items()
+    ]
+    grows = ["", ""]
     if law is not None:
-        facts.append(("N* grows as C to the power", with_interval(law["N_exponent"], law["N_exponent_interval"])))
-        facts.append(("D* grows as C to the power", with_interval(law["D_exponent"], law["D_exponent_interval"])))
-    if entry["held_out_error"] is not None:
-        rule = entry["held_out"]["rule"]
-        facts.append(("held-out error", f"{100 * entry['held_out_error']:.2f} % ({rule})"))
+        grows = [with_interval(law[f"{each}_exponent"], law[f"{each}_exponent_interval"]) for each in "ND"]
+    missed = "" if error is None else f"{100 * error:.2f} %, of {entry['held_out']['rule']}"
     optima = []
     for best in entry["optimum"]:
-        names = ("parameters", "tokens", "loss")
-        values = [with_interval(best[name], best["intervals"][name]) for name in names]
-        optima.append([number(best["flops"]), *values])
-    return Law(f"{_where(entry)}{entry['form']}", facts, optima, f"{entry['points']} runs, {entry['source']}")
+        values = [with_interval(best[each], best["intervals"][each]) for each in ("parameters", "tokens", "loss")]
+        optima.append([name, number(best["flops"]), *values])
+    return Law([name, str(entry["points"]), "\n".join(constants), *grows, missed, str(entry["source"])], optima)
 
 
-def _law_of_d_s(entry: Mapping[str, Any]) -> Law:
-    facts = [(f"held-out error of {law}", number(error)) for law, error in entry["held_out_error"].items()]
+def _law_of_d_s(entry: Mapping[str, Any]) -> LawOfDs:
+    errors = [[str(law), number(error)] for law, error in entry["held_out_error"].items()]
     optima = [
         [number(best["parameters"]), with_interval(best["d_s"], best["interval"]), "yes" if best["inside"] else "no"]
         for best in entry["optimum"]
     ]
-    return Law(f"{_where(entry)}d_s", facts, optima, str(entry["verdict"]))
+    return LawOfDs(f"{_where(entry)}d_s", str(entry["verdict"]), errors, optima)
 
 
 def with_interval(value: float | None, interval: list[float] | None) -> str:
@@ -131,4 +140,4 @@ def number(value: float) -> str:
     """Four digits, with the exponent of large and small ones."""
     if not math.isfinite(value):
         return "not known"
-    return f"{value:.4g}"
+    return f"{value:.4g}".replace("e+", "e")

@@ -7,7 +7,7 @@ from html import escape
 
 from sisa_dist.report.chart import Line, line_chart
 from sisa_dist.report.parts import charts, folded, legend, section, style_of, table
-from sisa_dist.report.sweep import Law, Sweep, number
+from sisa_dist.report.sweep import LAW, OPTIMUM, Sweep, number
 
 _FLOPS = "training FLOPs"
 _SHORT = 16  # rows: a longer table is folded
@@ -26,8 +26,9 @@ def results(sweep: Sweep) -> str:
         found = sorted(end for run, end in sweep.ends.items() if sweep.groups[run] == group)
         if found:
             ends.append(Line(group, [x for x, _ in found], [y for _, y in found], styles[group], dots=True))
-    while_training = line_chart("Validation loss while training", curves, x_label=_FLOPS, log_x=True)
-    at_the_end = line_chart("Held-out loss of finished runs", ends, x_label=_FLOPS, log_x=True)
+    common = {"x_label": _FLOPS, "log_x": True, "log_y": None, "x_unit": number}
+    while_training = line_chart("Validation loss while training", curves, **common)  # type: ignore[arg-type]
+    at_the_end = line_chart("Held-out loss of finished runs", ends, **common)  # type: ignore[arg-type]
     key = legend([(group, styles[group]) for group in groups]) if while_training or at_the_end else ""
     rows = [[_short(value) for value in row] for row in sweep.rows]
     shown = table(sweep.header, rows)
@@ -44,20 +45,18 @@ def results(sweep: Sweep) -> str:
 
 def fits(sweep: Sweep) -> str:
     found = []
-    for law in sweep.laws:
-        found.append(_law(law, ["FLOPs", "parameters N*", "tokens D*", "loss"]))
+    if sweep.laws:
+        found.append('<p class="soft">In brackets: intervals of 95 %.</p>')
+        found.append(table(LAW, [law.cells for law in sweep.laws]))
+    optima = [row for law in sweep.laws for row in law.optima]
+    if optima:
+        found += ["<h3>Compute-optimal models</h3>", table(OPTIMUM, optima)]
     for law in sweep.d_s:
-        found.append(_law(law, ["parameters", "best d_s", "among those tried"]))
-    for reason in sweep.skipped:
-        found.append(f'<p class="soft">{escape(reason)}</p>')
-    note = '<p class="soft">In brackets: intervals of 95 %.</p>' if sweep.laws or sweep.d_s else ""
-    return section("fits", "Fits", note, *found)
-
-
-def _law(law: Law, header: list[str]) -> str:
-    facts = table(["", ""], [list(fact) for fact in law.facts]) if law.facts else ""
-    optima = table(header, law.optima) if law.optima else ""
-    return f"<h3>{escape(law.title)}</h3><p>{escape(law.note)}</p>{facts}{optima}"
+        found.append(f"<h3>{escape(law.name)}</h3><p>{escape(law.verdict)}</p>")
+        found.append(table(["law", "held-out error of log loss"], law.errors))
+        found.append(table(["parameters", "best d_s", "among those tried"], law.optima) if law.optima else "")
+    skipped = "".join(f'<p class="soft">{escape(reason)}</p>' for reason in sweep.skipped)
+    return section("fits", "Fits", *found, folded("What was not fitted, and why", skipped))
 
 
 def _short(value: str) -> str:
