@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
@@ -119,10 +120,11 @@ class Scale:
 def _grid(across: Scale, upward: Scale, x_label: str, x_unit: Callable[[float], str], whole_x: bool) -> list[str]:
     left, right, bottom = _LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
-    for value in upward.ticks():
+    values = upward.ticks()
+    for value, label in zip(values, labels(values), strict=True):
         y = upward(value)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(tidy(value))}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     for value in across.ticks(whole=whole_x):
         x = across(value)
         parts.append(f'<path class="tick" d="M{x:.1f} {bottom}v4"/>')
@@ -217,12 +219,22 @@ def viridis(share: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-def tidy(value: float) -> str:
+def labels(values: Sequence[float]) -> list[str]:
+    """Of evenly spaced ticks: with the digits that tell half a space apart."""
+    gap = min((abs(b - a) for a, b in pairwise(values)), default=0.0)
+    for digits in range(3, 12):
+        found = [tidy(value, digits) for value in values]
+        if len({tidy(value + gap / 2, digits) for value in values} | set(found)) == 2 * len(values) or not gap:
+            break
+    return found
+
+
+def tidy(value: float, digits: int = 4) -> str:
     """1.5M rather than 1500000, without noise of binary fractions."""
     size = abs(value)
     if 0 < size < 1e-3:
-        return f"{value:.2g}"
+        return f"{value:.{min(digits, 2)}g}"
     for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit * 0.9999:
-            return f"{value / limit:.4g}{letter}" if size < 1e15 else f"{value:.3g}"
-    return f"{value:.4g}"
+            return f"{value / limit:.{digits}g}{letter}" if size < 1e15 else f"{value:.3g}"
+    return f"{value:.{digits}g}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from sisa_dist.report.chart import Line, viridis
+from sisa_dist.report.chart import Line
 from sisa_dist.report.read import Run
 from sisa_dist.report.style import DASHES, LIGHT
 
+_LAYERS = ((86, 104, 222), (26, 158, 140), (224, 150, 32))
 _OPEN = 12  # runs: a longer legend is folded
 
 
@@ -18,9 +19,10 @@ def section(name: str, title: str, *content: str) -> str:
     return f'<section id="{name}"><h2>{escape(title)}</h2>{inner}</section>' if inner else ""
 
 
-def charts(*found: str) -> str:
+def charts(*found: str, large: bool = False) -> str:
+    """Side by side as many as fit: three on a wide screen, two that are `large`."""
     inner = "".join(found)
-    return f'<div class="charts">{inner}</div>' if inner else ""
+    return f'<div class="charts{" large" if large else ""}">{inner}</div>' if inner else ""
 
 
 def folded(title: str, content: str, *, is_open: bool = False) -> str:
@@ -48,8 +50,12 @@ def style_of(number: int) -> str:
 
 
 def style_of_layer(layer: int, layers: int) -> str:
-    """From dark to bright; the ends of viridis, which one theme or the other swallows, are left out."""
-    return f"--c:{viridis(0.2 + 0.6 * layer / max(1, layers - 1))}"
+    """From blue by green to amber, all seen on a light and on a dark page."""
+    place = 2 * layer / max(1, layers - 1)
+    first, second = _LAYERS[int(place) :][:2] if place < 2 else (_LAYERS[2], _LAYERS[2])
+    share = place - int(place)
+    mixed = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return "--c:#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:

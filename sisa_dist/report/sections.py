@@ -31,9 +31,9 @@ _HIDDEN_KEYS = ("output_dir", "name")
 _OF_LAYERS = {
     "lambda": "λ, mean over heads",
     "half_life": "Half-life of the decay (tokens)",
-    "moved": "Share of attention mass that the importance term moves",
-    "content_max": "Largest |q·k/√d| that was sampled",
-    "importance_max": "Largest |importance term| that was sampled",
+    "moved": "Share of attention mass that importance moves",
+    "content_max": "Largest |q·k/√d| sampled",
+    "importance_max": "Largest |importance term| sampled",
     "d_s": "d_s (channels per head)",
 }
 
@@ -74,6 +74,7 @@ def curves(runs: Sequence[Run]) -> str:
                 log_y=None,
                 **common,  # type: ignore[arg-type]
             ),
+            large=True,
         ),
     )
 
@@ -100,7 +101,7 @@ def layers(runs: Sequence[Run]) -> str:
     ends = charts(
         *(
             line_chart(
-                f"{title}, by layer",
+                title,
                 lines_of(runs, lambda run, key=key: run.by_layer[key].last if key in run.by_layer else None),
                 x_label="layer",
                 whole_x=True,
@@ -117,15 +118,15 @@ def layers(runs: Sequence[Run]) -> str:
         drawn = charts(*(_over_training(title, run.by_layer.get(key), key) for key, title in _OF_LAYERS.items()))
         found.append(folded(f"{run.name}: each layer over training", drawn, is_open=len(runs) <= _UNFOLDED))
     note = (
-        '<p class="soft">Newest values of each layer, then each layer over training. The score’s terms and the share '
-        "of mass are of a few queries, drawn anew at each evaluation.</p>"
+        '<p class="soft">The newest values, over layers; below them each layer over training. The score’s terms and '
+        "the share of mass are of a few queries, drawn anew at each evaluation.</p>"
     )
     return section("layers", "Layers", note, ends, *found)
 
 
 def _over_training(title: str, found: ByLayer | None, key: str) -> str:
-    if found is None:
-        return ""
+    if found is None or (key == "d_s" and all(len(set(curve.y)) == 1 for curve in found.curves)):
+        return ""  # a d_s that is not learned stands still
     depth = max(found.layers) + 1
     lines = [
         Line(f"layer {layer}", curve.x, curve.y, style_of_layer(layer, depth))

@@ -27,7 +27,8 @@ p{{margin:.3rem 0;max-width:75ch}}
 nav{{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.6rem 0}}
 a{{color:var(--accent);text-decoration:none}}
 a:hover{{text-decoration:underline}}
-.charts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:.8rem;margin:.6rem 0}}
+.charts{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:.8rem;margin:.6rem 0}}
+.charts.large{{grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr))}}
 figure{{margin:0;padding:.7rem .7rem .4rem;background:var(--card);border:1px solid var(--rule);border-radius:6px;
 min-width:0}}
 figcaption{{font-weight:600;font-size:.9rem;margin:0 0 .3rem .2rem;overflow-wrap:anywhere}}

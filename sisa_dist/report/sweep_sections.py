@@ -40,7 +40,7 @@ def results(sweep: Sweep) -> str:
         states = [row[status] for row in sweep.rows]
         said += ": " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     note = f'<p class="soft">{escape(said)}. Colours of this section are of mixers, those of the others of runs.</p>'
-    return section("sweep", "Sweep", note, key, charts(while_training, at_the_end), shown)
+    return section("sweep", "Sweep", note, key, charts(while_training, at_the_end, large=True), shown)
 
 
 def fits(sweep: Sweep) -> str:

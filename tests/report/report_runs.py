@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from runs import QUICKSTART
-from sisa_dist.config import dump_config, load_config
+from sisa_dist.config import load_config
 
 LAYERS = 4
 RETRIEVAL: dict[str, Any] = {
@@ -42,7 +44,8 @@ POSITIONS = {
 def make_run(folder: Path, *overrides: str, steps: int = 100, extras: bool = True, learned: bool = False) -> Path:
     """`extras`: retrieval, positions, experts and evaluation.json too."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(load_config(QUICKSTART, overrides)), encoding="utf-8")
+    config = load_config(QUICKSTART, overrides).model_dump(exclude_defaults=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     records = []
     for step in range(1, steps + 1):
         record: dict[str, Any] = dict(kind="train", step=step, tokens=4096 * step, seconds=0.5 * step, lr=1e-3)

@@ -12,7 +12,7 @@ import pytest
 from report_runs import make_fit, make_run, make_sweep
 
 from sisa_dist.config import UserError
-from sisa_dist.report.chart import Line, Scale, heat_map, line_chart, thin, tidy
+from sisa_dist.report.chart import Line, Scale, heat_map, labels, line_chart, thin, tidy
 from sisa_dist.report.page import write_report
 from sisa_dist.report.read import read_run
 
@@ -100,6 +100,7 @@ def test_the_page_of_a_sweep(tmp_path: Path) -> None:
     assert list(page.sections) == ["sweep", "fits", "summary", "curves", "speed", "layers", "config"]
     assert "4 runs: 2 finished, 2 running" in page.sections["sweep"]
     assert "sisa, d_s 16" in page.sections["sweep"] and "Held-out loss of finished runs" in page.captions
+    assert write_report([sweep], tmp_path / "again.html").read_bytes() == (sweep / "report.html").read_bytes()
     fits = page.sections["fits"]
     for said in (
         "A 332.4 [265.9, 681.1]",
@@ -202,11 +203,10 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
         write_report([run], tmp_path / "absent" / "page.html")
 
 
-def test_fifty_runs_make_a_small_page_and_the_same_one_again(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "grid", runs=50, steps=400)
+def test_fifty_runs_make_a_small_page(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "grid", runs=50, steps=260)
     first = write_report([sweep]).read_bytes()
     assert len(first) < 2_000_000
-    assert write_report([sweep]).read_bytes() == first
     Page(sweep / "report.html")
     styles = set(re.findall(rb'style="(--c:[^"]*)"><title>size', first))
     assert len(styles) >= 50  # each a colour or a dash of its own
@@ -261,6 +261,8 @@ def test_values_alike_empty_and_not_positive_are_drawn(tmp_path: Path) -> None:
             assert "nan" not in line_chart("t", [line(*y)], x_label="x", log_y=log_y)
     assert line_chart("t", [line(1.0, math.nan, 2.0, 3.0)], x_label="x").count("<polyline") == 1
     assert heat_map("t", ["1"], ["a"], [[math.nan]]).count("<rect") == 0
+    assert labels([0.31345, 0.3135, 0.31355]) == ["0.31345", "0.3135", "0.31355"] and labels([5.0]) == ["5"]
+    assert labels([0.0, 0.5, 1.0, 1.5]) == ["0", "0.5", "1", "1.5"]
     assert [tidy(v) for v in (0.0, 1e-5, 0.25, 950.0, 1500.0, 2.5e6)] == ["0", "1e-05", "0.25", "950", "1.5k", "2.5M"]
 
 
