@@ -31,7 +31,7 @@ _HIDDEN_KEYS = ("output_dir", "name")
 _OF_LAYERS = {
     "lambda": "λ, mean over heads",
     "half_life": "Half-life of the decay (tokens)",
-    "moved": "Share of attention mass that importance moves",
+    "moved": "Attention mass that importance moves (share)",
     "content_max": "Largest |q·k/√d| sampled",
     "importance_max": "Largest |importance term| sampled",
     "d_s": "d_s (channels per head)",
@@ -171,7 +171,7 @@ def retrieval(runs: Sequence[Run]) -> str:
     for run in runs:
         maps = charts(*(heat_map(grid.title, grid.lengths, grid.depths, grid.rows) for grid in run.grids))
         found.append(folded(f"{run.name}: retrieval", maps, is_open=len(runs) <= _UNFOLDED))
-    return section("retrieval", "Retrieval: share of answers found, in per cent", *found)
+    return section("retrieval", "Retrieval (answers found, %)", *found)
 
 
 def differences(runs: Sequence[Run]) -> str:
