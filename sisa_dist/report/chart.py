@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
+_RIGHT, _TOP, _BOTTOM = 12, 10, 38
+_LETTER = 7.2  # width of a digit of the axes, at most
 _MARKED = 40  # points: no more are drawn as dots too
 _LOG_SPAN = 4.0  # a scale that is to choose is logarithmic over more than this
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -55,11 +56,14 @@ def line_chart(
         return ""
     if from_zero:
         ys.append(0.0)
-    across = Scale(xs, (_LEFT, _WIDTH - _RIGHT), log=log_x, margin=0.0 if len(set(xs)) > 1 else 0.5)
     upward = Scale(ys, (_HEIGHT - _BOTTOM, _TOP), log=log_y, margin=0.04, floor=0.0 if from_zero else None)
+    marks = upward.ticks()
+    said = dict(zip(marks, labels(marks), strict=True))
+    left = 12 + _LETTER * max((len(label) for label in said.values()), default=0)
+    across = Scale(xs, (left, _WIDTH - _RIGHT), log=log_x, margin=0.0)
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *_grid(across, upward, x_label, x_unit or tidy, whole_x),
+        *_grid(across, upward, said, x_label, x_unit or tidy, whole_x),
     ]
     for line in drawn:
         parts += _line(line, across, upward, most_points)
@@ -117,21 +121,29 @@ class Scale:
         return [n * step for n in range(first, last + 1) if n or not self.log]
 
 
-def _grid(across: Scale, upward: Scale, x_label: str, x_unit: Callable[[float], str], whole_x: bool) -> list[str]:
-    left, right, bottom = _LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+def _grid(
+    across: Scale,
+    upward: Scale,
+    said: Mapping[float, str],
+    x_label: str,
+    x_unit: Callable[[float], str],
+    whole_x: bool,
+) -> list[str]:
+    left, right, bottom = across.places[0], _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     parts = []
-    values = upward.ticks()
-    for value, label in zip(values, labels(values), strict=True):
+    for value, label in said.items():
         y = upward(value)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>')
     for value in across.ticks(whole=whole_x):
         x = across(value)
         parts.append(f'<path class="tick" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(x_unit(value))}</text>')
-    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
+    parts.append(f'<path class="axis" d="M{left:.1f} {bottom}H{right}"/>')
     middle = (left + right) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="label" x="{middle:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     return parts
 
 

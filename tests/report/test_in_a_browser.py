@@ -41,8 +41,11 @@ for (const svg of document.querySelectorAll('figure svg')) {
 }
 const root = document.documentElement;
 const wide = root.scrollWidth - root.clientWidth;
-document.title = JSON.stringify({texts: texts.length, wide, width: innerWidth, out});
+parent.postMessage(JSON.stringify({texts: texts.length, wide, width: innerWidth, out}), '*');
 </script></body>"""
+# No window is narrower than 500 pixels, but a frame is.
+FRAME = """<!doctype html><script>onmessage = event => { document.title = event.data; }</script>
+<iframe src="measured.html" width="WIDTH" height="2000" style="border:0"></iframe>"""
 
 
 def browse(folder: Path, page: Path, *options: str, width: int = 1180, height: int = 2400) -> tuple[str, list[str]]:
@@ -70,7 +73,10 @@ def measure(folder: Path, page: Path, *, width: int) -> dict:  # type: ignore[ty
     copy = folder / "measured.html"
     text = text.replace(policy.group(), "").replace("<details>", "<details open>").replace("</body>", MEASURE)
     copy.write_text(text, encoding="utf-8")
-    title = re.search(r"<title>(.*?)</title>", browse(folder, copy, "--dump-dom", width=width)[0])
+    frame = folder / "frame.html"
+    frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    dom, _ = browse(folder, frame, "--dump-dom", "--virtual-time-budget=3000", width=1300)
+    title = re.search(r"<title>(.*?)</title>", dom)
     assert title is not None
     return json.loads(unescape(title.group(1)))
 
