@@ -9,7 +9,7 @@
 #         HOSTFILE=hosts ./launch.sh train …        from one of them, by deepspeed over ssh (lines `name slots=8`)
 #         NNODES=2 RDZV=host:port ./launch.sh …     run on each, by torchrun (NODE_RANK=0… says which keeps the port)
 #         sbatch tools/slurm_train.sbatch CONFIG …  or in any SLURM allocation: one rank a task, by srun
-#   ./launch.sh prepare|data|eval|lm-eval|generate|stages|estimate|doctor …  the sisa command of that name
+#   ./launch.sh prepare|data|eval|lm-eval|generate|stages|estimate|report|doctor …  the sisa command of that name
 #   ./launch.sh setup                             only the environment
 # Several hosts need this folder, with its .venv/ and the data, at one path. Shown as + NAME=VALUE, a variable is set by
 # this script unless you did; DS_ACCELERATOR and GLOO_SOCKET_IFNAME only on a host without GPUs.
@@ -299,7 +299,7 @@ test)
     setup
     run "$py" -m pytest -n auto --dist loadfile "$@" # a process a core; -n 0: in one
     ;;
-prepare | data | eval | lm-eval | generate | stages | estimate | doctor)
+prepare | data | eval | lm-eval | generate | stages | estimate | report | doctor)
     setup
     run "$venv/bin/sisa" "$command" "$@"
     ;;

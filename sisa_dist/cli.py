@@ -192,6 +192,20 @@ def estimate(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN… | SWEEP", help="Run folders, or that of a sweep.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Default: report.html in the run or the sweep; of several runs, here."),
+    ] = None,
+) -> None:
+    """One HTML page that needs nothing else: curves, layers, retrieval, speed, what differs, a sweep's fits."""
+    from sisa_dist.report.page import write_report
+
+    print(f"report: {write_report(folders, out)}")
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="A run's YAML file: show and check its layout too.")] = None,
     overrides: Overrides = None,

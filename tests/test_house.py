@@ -22,6 +22,7 @@ LAYERS = [
     ["sisa_dist.checkpoint"],
     ["sisa_dist.evaluation"],
     ["sisa_dist.training"],
+    ["sisa_dist.report"],
     ["sisa_dist.convert"],
     ["sisa_dist", "sisa_dist.cli"],
 ]

@@ -351,7 +351,7 @@ def test_help_names_every_command(clone: Path) -> None:
         "compare",
         "test",
         "train CONFIG",
-        "prepare|data|eval|lm-eval|generate|stages|estimate|doctor",
+        "prepare|data|eval|lm-eval|generate|stages|estimate|report|doctor",
         "setup",
     ):
         assert f"./launch.sh {command}" in said

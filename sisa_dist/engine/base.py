@@ -16,6 +16,7 @@ from data_pipeline.loader import Batch
 from sisa_dist.engine.experts import ExpertLoad
 from sisa_dist.engine.gates import LearnedDs
 from sisa_dist.engine.guard import Guard
+from sisa_dist.engine.score_samples import ScoreSamples
 from sisa_dist.parallel.apply import Slice
 
 
@@ -78,3 +79,10 @@ class Engine(Protocol):
 
     def learned_d_s(self) -> LearnedDs | None:
         """What the last step found of d_s; None where it is not learned."""
+
+    def sample_scores(self, step: int) -> None:
+        """Of the next batch that `score` is given a few queries are looked at, drawn from the seed and `step`. On every
+        rank."""
+
+    def score_samples(self) -> ScoreSamples:
+        """What was seen of them. Collective."""

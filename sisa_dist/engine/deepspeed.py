@@ -37,6 +37,7 @@ from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, Verdict, skip_if
 from sisa_dist.engine.norm import global_norm
 from sisa_dist.engine.optim import build_optimizer, set_rates
+from sisa_dist.engine.score_samples import ScoreSamples, ScoreWatch
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
 from sisa_dist.parallel.apply import apply_plan
@@ -89,6 +90,7 @@ class DeepSpeedEngine:
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(model, mesh)
         self.gates = GateWatch(model, mesh, seed=config.seed, steps=config.training.steps)
+        self.scores = ScoreWatch(model, mesh, seed=config.seed)
         self.check_every = config.engine.check_every
         self.step_number = 0
         self.adamw.register_step_pre_hook(self._judge)
@@ -154,7 +156,8 @@ class DeepSpeedEngine:
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.zero.eval()
-        scores = score_batch(self.zero, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
+        with self.scores.look(tokens_BT.shape[1]):
+            scores = score_batch(self.zero, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         self.zero.train()
         return scores
 
@@ -187,6 +190,12 @@ class DeepSpeedEngine:
 
     def learned_d_s(self) -> LearnedDs | None:
         return self.gates.take()
+
+    def sample_scores(self, step: int) -> None:
+        self.scores.ask(step)
+
+    def score_samples(self) -> ScoreSamples:
+        return self.scores.take()
 
     def _weights(self) -> dict[str, Tensor]:
         """What forward uses. Under ZeRO-3 this rank's flat partitions; alike over tp where the whole would be."""

@@ -24,6 +24,7 @@ from sisa_dist.engine.gates import GateWatch, LearnedDs
 from sisa_dist.engine.guard import Guard, skip_if
 from sisa_dist.engine.norm import clip_gradients, global_norm
 from sisa_dist.engine.optim import build_optimizer, set_rates
+from sisa_dist.engine.score_samples import ScoreSamples, ScoreWatch
 from sisa_dist.engine.shard import shard
 from sisa_dist.model import build_model
 from sisa_dist.model.init import init_parameters
@@ -58,6 +59,7 @@ class FSDP2Engine:
         self.guard = Guard(mesh, spike_sigma=config.training.spike_sigma)
         self.experts = ExpertWatch(self.model, mesh)
         self.gates = GateWatch(self.model, mesh, seed=config.seed, steps=config.training.steps)
+        self.scores = ScoreWatch(self.model, mesh, seed=config.seed, compiled=config.engine.compile)
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, *, stop: bool = False) -> StepResult:
         enter = self.mesh.enter
@@ -101,7 +103,8 @@ class FSDP2Engine:
         return read_result(loss_mean, grad_norm, count, verdict)
 
     def score(self, tokens_BT: Tensor, labels_BT: Tensor, doc_ids_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        scores = score_batch(self.model, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
+        with self.scores.look(tokens_BT.shape[1]):
+            scores = score_batch(self.model, tokens_BT, labels_BT, doc_ids_BT, self.mesh)
         # What a forward leaves gathered waits for a backward; here none comes, and state_tensors needs the shards.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -139,6 +142,12 @@ class FSDP2Engine:
 
     def learned_d_s(self) -> LearnedDs | None:
         return self.gates.take()
+
+    def sample_scores(self, step: int) -> None:
+        self.scores.ask(step)
+
+    def score_samples(self) -> ScoreSamples:
+        return self.scores.take()
 
     def _clip(self) -> Tensor:
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]

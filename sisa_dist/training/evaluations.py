@@ -87,6 +87,7 @@ class Evaluations:
         if self._reporter and not state.evaluation_due:
             self._reporter.layers(state, layers)
         training, found = self._config.training, {}
+        self._engine.sample_scores(state.step)
         for name, index in self._held_out.items():
             batches = held_out_batches(
                 self._config,
@@ -96,7 +97,9 @@ class Evaluations:
                 max_windows=training.eval_windows,
             )
             found[name] = perplexity(self._scorer, batches).loss
+        samples = self._engine.score_samples()
         if self._reporter:
+            self._reporter.scores(state, samples)
             self._reporter.evaluation(state, found)
 
     def _positions(self, state: TrainState) -> None:

@@ -14,6 +14,7 @@ from sisa_dist.config import RunConfig, UserError
 from sisa_dist.engine import StepResult
 from sisa_dist.engine.experts import ExpertLoad
 from sisa_dist.engine.gates import LearnedDs
+from sisa_dist.engine.score_samples import ScoreSamples
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.mesh import Mesh
 from sisa_dist.training.console import Console
@@ -103,6 +104,10 @@ class Reporter:
     def layers(self, state: TrainState, layers: dict[str, list[float | None]]) -> None:
         if any(value is not None for value in layers["lambda"]):
             self._metrics.write("layers", state.step, **layers)
+
+    def scores(self, state: TrainState, found: ScoreSamples) -> None:
+        if any(value is not None for value in found.moved):
+            self._metrics.write("scores", state.step, **asdict(found))
 
     def experts(self, state: TrainState, load: ExpertLoad) -> None:
         """Since the last such record (or since the run was started again); one line where experts starve."""

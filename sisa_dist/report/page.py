@@ -1,0 +1,84 @@
+"""`sisa report`: reads runs, or a sweep with its runs, and writes the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from sisa_dist.config import UserError, replace_file
+from sisa_dist.report import sections, sweep_sections
+from sisa_dist.report.read import Run, read_run
+from sisa_dist.report.style import CSS
+from sisa_dist.report.sweep import Sweep, is_sweep, read_sweep
+from sisa_dist.training.metrics_file import read_metrics
+
+# No script, no other file, no network, whatever the text in the page says.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """The page's path: `out`, else report.html in the run's or the sweep's folder, of several runs in this one.
+
+    Raises UserError where a folder has no training step, a file is malformed, or the page cannot be written.
+    """
+    folders = list(dict.fromkeys(folders))
+    sweeps = [folder for folder in folders if is_sweep(folder)]
+    if sweeps and len(folders) > 1:
+        raise UserError(f"{sweeps[0]} is a sweep, with its runs: name it alone")
+    out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}: make it, or name another file")
+    if sweeps:
+        sweep = read_sweep(sweeps[0])
+        started = [folder for folder in sorted((sweep.folder / "runs").glob("*")) if _has_a_step(folder)]
+        runs = [read_run(folder, folder.name) for folder in started]
+        title = f"Sweep {sweep.folder.resolve().name}"
+    else:
+        sweep = None
+        runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    replace_file(out, render(title, runs, sweep))
+    return out
+
+
+def render(title: str, runs: Sequence[Run], sweep: Sweep | None = None) -> str:
+    """The page as text; the same for the same files."""
+    found = [sweep_sections.results(sweep), sweep_sections.fits(sweep)] if sweep is not None else []
+    if runs:
+        parts = (
+            sections.summary,
+            sections.curves,
+            sections.speed,
+            sections.layers,
+            sections.experts,
+            sections.positions,
+            sections.retrieval,
+            sections.differences,
+        )
+        found += [part(runs) for part in parts]
+    body = "".join(found)
+    anchors = re.findall(r'<section id="(\w+)"><h2>([^<]*)</h2>', body)
+    contents = "".join(f'<a href="#{name}">{heading}</a>' for name, heading in anchors)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
+        f"<header><h1>{escape(title)}</h1><nav>{contents}</nav></header><main>{body}</main></body></html>\n"
+    )
+
+
+def _has_a_step(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() and bool(read_metrics(folder).get("train"))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("the same run folder is named twice: name it once")
