@@ -8,11 +8,12 @@ causal scores are T(T+1)/2 pairs.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,18 +91,18 @@ class WorkMeter(TorchDispatchMode):
         if key not in _INSIDE:
             inner = WorkMeter()
             run_inside(name, args, inner)
-            flops, nbytes = (sum(w.calls * x for w in inner.work() for x in [getattr(w, part)]) for part in _PARTS)
-            _INSIDE[key] = _flops(func, name, args, {}, result) or flops, int(nbytes)
+            flops = _flops(func, name, args, {}, result) or sum(w.calls * w.flops for w in inner.work())
+            _INSIDE[key] = flops, sum(w.calls * w.nbytes for w in inner.work())
         return _INSIDE[key]
-
-
-_PARTS = ("flops", "nbytes")
 
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> float:
     if name.startswith(_CPU_FLASH):
         return _cpu_flash_flops(func, args, kwargs)
-    formula = flop_registry.get(func.overloadpacket)
+    packet = func.overloadpacket
+    if name.endswith("_"):  # in place: addmm_ as addmm
+        packet = getattr(getattr(torch.ops, func.namespace), name.split("::")[1].removesuffix("_"), packet)
+    formula = flop_registry.get(packet)
     return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=result))
 
 
@@ -119,20 +120,34 @@ def _cpu_flash_flops(func: Any, args: Any, kwargs: Any) -> float:
 def _moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     """Bytes read and written, by the operator's schema."""
     read = written = 0
-    mutates = False
+    arguments = _arguments(func)
+    for number, argument in enumerate(arguments):
+        size = _nbytes(args[number] if number < len(args) else kwargs.get(argument.name))
+        read += size * argument.read
+        written += size * argument.written
+    return read + (written if any(argument.written for argument in arguments) else _nbytes(result))
+
+
+class _Argument(NamedTuple):
+    name: str
+    read: bool
+    written: bool
+
+
+@functools.cache
+def _arguments(func: Any) -> tuple[_Argument, ...]:
+    name = func.name().split(".")[0]
+    found = []
     for number, argument in enumerate(func._schema.arguments):
-        value = args[number] if number < len(args) else kwargs.get(argument.name)
-        size = _nbytes(value)
-        into = argument.alias_info is not None and argument.alias_info.is_write
+        written = argument.alias_info is not None and argument.alias_info.is_write
         if name == "aten::_fused_adamw_" and argument.name == "grads":
-            into = False  # it would, to scale them
-        mutates |= into
-        if not (into and (argument.is_out or (name in _OVERWRITTEN and number == 0))):
-            read += size
-        written += size * into
-    return read + (written if mutates else _nbytes(result))
+            written = False  # it would, to scale them
+        overwritten = written and (argument.is_out or (name in _OVERWRITTEN and number == 0))
+        found.append(_Argument(argument.name, not overwritten, written))
+    return tuple(found)
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     """It returns what it was given, under another shape."""
     returned = [value.alias_info for value in func._schema.returns]
