@@ -62,7 +62,7 @@ def test_the_page_of_one_run_has_all_that_it_has(tmp_path: Path) -> None:
     for said in ("3.0300", "3.1100", "3.1110", "8k", "31.0%", "1.00 GiB", "409.6k"):
         assert said in page.sections["summary"], said
     layers = page.sections["layers"]
-    for said in ("λ", "Half-life", "attention mass", "|q·k/√d|", "|importance term|", "d_s"):
+    for said in ("λ", "Half-life", "Attention mass", "|q·k/√d|", "|importance term|", "d_s"):
         assert said in layers
     assert "layer 2: 0.06" in layers and "layer 3:" not in layers  # an attention layer has none
     assert "layer 0: 12" in layers  # of the gates, not of the config, which says 32
