@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from report_runs import make_fit, make_run, make_sweep
 
+from sisa_dist.cli import main
 from sisa_dist.config import UserError
 from sisa_dist.report.chart import Line, Scale, heat_map, labels, line_chart, thin, tidy
 from sisa_dist.report.page import write_report
@@ -61,7 +62,7 @@ def test_the_page_of_one_run_has_all_that_it_has(tmp_path: Path) -> None:
     for said in ("3.0300", "3.1100", "3.1110", "8k", "31.0%", "1.00 GiB", "409.6k"):
         assert said in page.sections["summary"], said
     layers = page.sections["layers"]
-    for said in ("λ", "Half-life", "attention mass", "|q·k/√d|", "|importance term|", "d_s"):
+    for said in ("λ", "Half-life", "Attention mass", "|q·k/√d|", "|importance term|", "d_s"):
         assert said in layers
     assert "layer 2: 0.06" in layers and "layer 3:" not in layers  # an attention layer has none
     assert "layer 0: 12" in layers  # of the gates, not of the config, which says 32
@@ -276,3 +277,18 @@ def test_a_run_of_stages_names_them_in_its_keys(tmp_path: Path) -> None:
     )
     config = read_run(run, "run").config
     assert config["stages.one.training.steps"] == 60 and config["stages.two.model.d_model"] == 256
+
+
+def test_the_command_prints_the_page_or_one_line_with_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", extras=False)
+    (tmp_path / "empty").mkdir()
+    for folder, code in ((run, 0), (tmp_path / "empty", 2)):
+        monkeypatch.setattr("sys.argv", ["sisa", "report", str(folder)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == code
+    said = capsys.readouterr()
+    assert said.out == f"report: {run / 'report.html'}\n"
+    assert said.err.count("\n") == 1 and str(tmp_path / "empty/metrics.jsonl") in said.err
