@@ -149,7 +149,8 @@ def _described(found: DsLaw, theta: Array) -> dict[str, Array]:
     """k, coefficient and exponent of d_s* = coefficient·N^exponent, each [S]."""
     exponent = theta[:, 7] if theta.shape[1] == 8 else np.zeros(len(theta))
     scale = theta[:, 6] + found.centre[2] - exponent * found.centre[0]
-    return {"k": np.exp(theta[:, 5]), "coefficient": np.exp(scale), "exponent": exponent}
+    with np.errstate(over="ignore"):  # a draw without a best d_s may put it anywhere
+        return {"k": np.exp(theta[:, 5]), "coefficient": np.exp(scale), "exponent": exponent}
 
 
 def _within(value: Array, tried: tuple[float, float]) -> bool:

@@ -104,6 +104,7 @@ class _Group:
 
     label: dict[str, object]
     frame: pd.DataFrame
+    fitted: pd.DataFrame  # what --fit and --held-out leave of it
     runs: Points
     held_out: Points | None
     factor: float
@@ -144,7 +145,7 @@ def _group(arguments: argparse.Namespace, columns: Columns, label: dict[str, obj
     factor = arguments.flops_factor or 6.0
     runs = _drop_largest(points(fitted, columns, arguments.table, factor), arguments.drop_largest)
     held_out = None if predicted is None else points(predicted, columns, arguments.table, factor)
-    return _Group(label, frame, runs, held_out, arguments.flops_factor or runs.ratio)
+    return _Group(label, frame, fitted, runs, held_out, arguments.flops_factor or runs.ratio)
 
 
 def _notes(group: _Group, columns: Columns) -> Iterator[str]:
@@ -156,10 +157,19 @@ def _notes(group: _Group, columns: Columns) -> Iterator[str]:
             f"{name}the runs' FLOPs are {group.runs.ratio:.3g}·N·D (median), the optima are of C = {group.factor:g}"
             "·N·D: without --flops-factor theirs are taken"
         )
+    ratio = group.runs.flops / (group.runs.parameters * group.runs.tokens)
+    if 0.9 < off < 1.1 and ratio.max() > 1.1 * ratio.min():
+        ends = group.runs.parameters[[np.argmin(group.runs.parameters), np.argmax(group.runs.parameters)]]
+        small, large = (float(np.median(ratio[group.runs.parameters == end])) for end in ends)
+        yield (
+            f"{name}C/(N·D) is {small:.3g} at N = {ends[0]:.3g} and {large:.3g} at {ends[1]:.3g}, the optima are of "
+            f"its median, {group.factor:.3g}: --flops-factor sets another for budgets far away"
+        )
     for column in ("mixer", columns.d_s):
-        if column in group.frame and group.frame[column].nunique() > 1:
-            values = ", ".join(str(value) for value in sorted(group.frame[column].dropna().unique()))
-            yield f"{name}runs of {column} {values} are fitted as one: --by {column} or --where {column}=… parts them"
+        if column in group.fitted and group.fitted[column].nunique() > 1:
+            found = sorted(group.fitted[column].dropna().unique())
+            values = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in found)
+            yield f"{name}the laws of N and D take runs of {column} {values} as one: --by {column} parts them"
     passes = group.runs.tokens / group.runs.unique
     repeated = int((passes > 1).sum())
     if repeated:

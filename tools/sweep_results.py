@@ -51,8 +51,7 @@ def state_of(sweep: Path, run: SweepRun) -> State:
     if final.is_file():
         if _final_loss(final) is not None:
             return State("finished", steps, kept=steps)
-        why = f"{final} holds no loss on held-out text: see to data.validation_fraction, remove the file and run again"
-        return State("failed", steps, why, kept=steps)
+        return State("failed", steps, _without_a_loss(final), kept=steps)
     step = _last_step(run.folder)
     if _is_held(sweep / "jobs" / f"{run.name}.lock"):
         return State("running", step, kept=step)
@@ -124,6 +123,17 @@ def _final_loss(final: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return loss if isinstance(loss, float) else None
+
+
+def _without_a_loss(final: Path) -> str:
+    try:
+        told = json.loads(final.read_text(encoding="utf-8"))["perplexity"]
+        diverged = "loss" in told  # which a result that is not finite leaves null
+    except (OSError, ValueError, KeyError, TypeError):
+        diverged = False
+    if diverged:
+        return f"its loss on held-out text is not finite: lower lr, and remove {final.parent}"
+    return f"{final} holds no loss on held-out text: see to data.validation_fraction, remove the file and run again"
 
 
 def _unique_tokens(runs: Sequence[SweepRun]) -> dict[str, int | None]:

@@ -74,9 +74,10 @@ class SweepRun:
 def config_hash(config: RunConfig) -> str:
     """16 hexadecimal digits of all that alters the result of a run or of its last evaluation.
 
-    data.input too, as it is spelled, though a run may go on without: it does so on the data it was begun with, which
-    tell themselves by their fingerprint, and a finished run does not look at them again. Nothing is lost by it, since
-    a folder that was prepared from an input of another spelling is refused in training as well.
+    Not what lies in data.folder or a mixture's folders, where a grid names them: keep those as they are. data.input
+    too, as it is spelled, though a run may go on without: it does so on the data it was begun with, which tell
+    themselves by their fingerprint, and a finished run does not look at them again. Nothing is lost by it, since a
+    folder that was prepared from an input of another spelling is refused in training as well.
     """
     given = config.data.input
     keys = keys_that_count(config) | {"evaluation": config.evaluation.model_dump()}

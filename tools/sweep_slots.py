@@ -66,9 +66,10 @@ def host_slots(hosts: Sequence[str], at_once: int, devices: int, console: Consol
     for host, process in asking.items():
         try:
             answer, said = process.communicate(timeout=_PATIENCE)
-            count, named, cores = json.loads(answer)
-        except (subprocess.TimeoutExpired, ValueError) as error:
+            count, named, cores = json.loads((answer.splitlines() or [""])[-1])  # after what its shell may greet with
+        except (subprocess.TimeoutExpired, ValueError, TypeError) as error:
             process.kill()
+            process.wait()
             said = f"no answer in {_PATIENCE:.0f} s" if isinstance(error, subprocess.TimeoutExpired) else said.strip()
             console.print(f"{host}: {said.splitlines()[-1] if said else 'ssh failed'}: left out", markup=False)
             continue

@@ -72,11 +72,18 @@ def test_what_is_fitted_as_one_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     both = pd.concat([make_runs(8.0).assign(d_s=[8, 16] * 8), make_runs(7.0, mixer="attention", scale=2.0)])
     fitted(tmp_path, both.assign(unique_tokens=2e10))
     said = " ".join(capsys.readouterr().out.split())
-    assert "note: runs of mixer attention, sisa are fitted as one: --by mixer" in said
-    assert "note: runs of d_s 8.0, 16.0 are fitted as one" in said
+    assert "note: the laws of N and D take runs of mixer attention, sisa as one: --by mixer parts them" in said
+    assert "note: the laws of N and D take runs of d_s 8, 16 as one" in said
     assert "note: 8 of 32 runs saw tokens more than once (at most 4 times)" in said
     fitted(tmp_path, both[both["mixer"] == "attention"].assign(unique_tokens=1e12))
     assert "note: " not in capsys.readouterr().out
+
+
+def test_a_ratio_that_falls_with_the_size_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = make_runs(8.0)
+    frame.loc[frame["parameters"] > 1e9, "flops"] *= 0.75
+    fitted(tmp_path, frame)
+    assert "note: C/(N·D) is 8 at N = 2e+07 and 6 at 2e+09, the optima are of its median, 8" in capsys.readouterr().out
 
 
 def test_sizes_of_equal_parameters_are_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

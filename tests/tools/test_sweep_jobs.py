@@ -179,7 +179,7 @@ def test_what_the_slots_of_hosts_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each host is asked what it has; what a slot is told reaches the job through its shell."""
-    answers = 'gpus) echo "[4, null, 16]";; some) echo "[2, \\"6,7\\", 16]";; cpus) echo "[0, null, 12]";;'
+    answers = 'gpus) echo "Welcome to gpus"; echo "[4, null, 16]";; some) echo "[2, \\"6,7\\", 16]";; cpus) echo "[0, null, 12]";;'
     ask = f'case $3 in {answers} *) echo "ssh: no route" >&2; exit 255;; esac'
     ssh = f'#!/bin/bash\ncase $4 in *device_count*) {ask};; *) exec bash -c "$4";; esac\n'
     (tmp_path / "ssh").write_text(ssh, encoding="utf-8")
@@ -218,6 +218,8 @@ def test_a_result_without_a_loss_is_a_failure_and_the_tables_are_written(tmp_pat
     assert "final.json holds no loss on held-out text: see to data.validation_fraction" in states[sweep[0].name].why
     table = pandas.read_csv(out / "results.csv")
     assert list(table["status"]) == ["failed", "finished"] and list(table["loss"].fillna(0)) == [0, 2.5]
+    (sweep[0].folder / "final.json").write_text('{"perplexity": {"loss": null}}', encoding="utf-8")  # as of a NaN
+    assert "is not finite: lower lr, and remove" in state_of(out, sweep[0]).why
 
 
 def test_what_is_left_of_a_run_is_what_its_last_checkpoint_lacks(tmp_path: Path, sweep: list[SweepRun]) -> None:
