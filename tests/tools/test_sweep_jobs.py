@@ -179,7 +179,7 @@ def test_what_the_slots_of_hosts_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each host is asked what it has; what a slot is told reaches the job through its shell."""
-    answers = 'gpus) echo "Welcome to gpus"; echo "[4, null, 16]";; some) echo "[2, \\"6,7\\", 16]";; cpus) echo "[0, null, 12]";;'
+    answers = 'gpus) echo Hi; echo "[4, null, 16]";; some) echo "[2, \\"6,7\\", 16]";; cpus) echo "[0, null, 12]";;'
     ask = f'case $3 in {answers} *) echo "ssh: no route" >&2; exit 255;; esac'
     ssh = f'#!/bin/bash\ncase $4 in *device_count*) {ask};; *) exec bash -c "$4";; esac\n'
     (tmp_path / "ssh").write_text(ssh, encoding="utf-8")
