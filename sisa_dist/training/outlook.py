@@ -38,9 +38,14 @@ def outlook_of(config: RunConfig, found: Estimate, device: Device) -> Outlook:
 
 def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
     """The same from models of three and of four layers, where all layers are alike: time and bytes are then affine in
-    their number, but for where the peak moves to another moment of the step. Else of the whole model."""
-    layers = config.model.n_layers
-    if layers <= _FEW[-1] or not layers_alike(config.model):
+    their number, but for where the peak moves to another moment of the step.
+
+    Of the whole model else, under DeepSpeed, whose buckets and limits of live parameters bend both lines, and where
+    FSDP2 gathers more blocks ahead than three layers have.
+    """
+    layers, engine = config.model.n_layers, config.engine
+    bent = engine.kind == "deepspeed" or engine.prefetch >= _FEW[0]
+    if layers <= _FEW[-1] or bent or not layers_alike(config.model):
         return outlook(config, device, world_size=world_size)
     few = [estimate(changed(config, {"model.n_layers": number}), world_size=world_size) for number in _FEW]
     bounds = [roofline(config, found, device) for found in few]

@@ -112,8 +112,6 @@ def layouts(config: RunConfig, device: Device, gpus: int) -> Iterator[dict[str, 
 
 def _valid(config: RunConfig, device: Device, gpus: int, found: Search) -> Iterator[RunConfig]:
     for change in layouts(config, device, gpus):
-        if change.get("engine.zero_stage", config.engine.zero_stage) != config.engine.zero_stage:
-            change = change | {"engine.deepspeed_config": {}}  # a user's own keys are of the stage they were set for
         try:
             other = changed(config, change)
             check_tp(other.model, other.parallel.tp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,14 @@ def test_changes_drop_what_they_leave_without_effect() -> None:
     said = differences(config, other)
     assert said == {"engine.kind": "fsdp2", "engine.zero_stage": 3, "engine.deepspeed_config": {}}
     told = arguments(said)
-    assert told == "--set engine.kind=fsdp2 --set engine.zero_stage=3 --set engine.deepspeed_config={}"
-    overrides = [part for part in told.split(" ") if part != "--set"]
+    assert told == "--set engine.kind=fsdp2 --set engine.zero_stage=3 --set 'engine.deepspeed_config={}'"
+    overrides = [part for part in shlex.split(told) if part != "--set"]
     assert load_config(QUICKSTART, [*SMALL, *given, *overrides]) == other  # as the command line would have it
+    own = {"reduce_bucket_size": 7, "stage3_max_live_parameters": 9, "offload_optimizer": {"device": "cpu"}}
+    third = changed(config, {"engine.zero_stage": 3, "engine.deepspeed_config": {"zero_optimization": own}})
+    assert third.engine.deepspeed_config["zero_optimization"] == own
+    first = changed(third, {"engine.zero_stage": 1})  # what is of another stage goes, and no more
+    assert first.engine.deepspeed_config == {"zero_optimization": {"reduce_bucket_size": 7}}
     back = changed(_config("engine.prefetch=2"), {"engine.kind": "deepspeed", "engine.zero_stage": 1})
     assert back.engine.prefetch == 0
     wide = _config("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2", "parallel.cp_kind=ring")
@@ -95,7 +101,7 @@ def test_changes_drop_what_they_leave_without_effect() -> None:
         changed(config, {"training.micro_batch_size": 3})
 
 
-TINY = ["model.d_model=64", "model.d_ff=160", "training.seq_len=128"]
+TINY = ["model.d_model=32", "model.n_heads=2", "model.d_ff=80", "model.vocab_size=128", "training.seq_len=64"]
 
 
 def _of_both(overrides: list[str]) -> list[Outlook]:
@@ -104,8 +110,9 @@ def _of_both(overrides: list[str]) -> list[Outlook]:
 
 
 def test_a_few_layers_tell_of_many() -> None:
-    layers = ["model.n_layers=7", "engine.precision=bf16", "engine.activation_checkpointing=true"]
-    whole, told = alone(_of_both, [*layers, "parallel.tp=2", "training.micro_batch_size=4"])
+    layers = ["model.n_layers=6", "engine.precision=bf16", "engine.activation_checkpointing=true"]
+    batch = ["training.micro_batch_size=4", "training.global_batch_tokens=256"]
+    whole, told = alone(_of_both, [*layers, *batch, "parallel.tp=2"])
     assert told.peak == pytest.approx(whole.peak, rel=0.02)
     assert told.bound.flops == whole.bound.flops and told.bound.mfu == pytest.approx(whole.bound.mfu, rel=0.01)
     assert told.bound.parts == pytest.approx(whole.bound.parts, rel=0.01)
@@ -113,14 +120,14 @@ def test_a_few_layers_tell_of_many() -> None:
 
 
 def _rescued() -> tuple[Outlook, list[Any]]:
-    config = _config(*TINY, "engine.precision=bf16", "training.global_batch_tokens=128", "model.vocab_size=128")
+    config = _config(*TINY, "training.micro_batch_size=32", "training.global_batch_tokens=2048")
     h100 = DEVICES["h100"]
     sizes = [
         quick_outlook(changed(config, {"engine.activation_checkpointing": on}), h100, world_size=1).peak
         for on in (False, True)
     ]
     tiny = dataclasses.replace(h100, memory=sum(sizes) / 2)
-    return advise(config, tiny, world_size=1)
+    return advise(config, tiny, world_size=1, best=9)
 
 
 def test_real_estimates_find_what_makes_a_run_fit() -> None:

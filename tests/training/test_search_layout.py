@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -62,7 +63,7 @@ def test_what_is_proposed_fits_can_be_set_and_is_ranked(overrides: list[str]) ->
     assert len({describe_layout(other.config) for other in found.found}) == 5  # one micro-batch of each layout
     for other in found.found:
         settings = arguments(differences(config, other.config)).replace("as it is", "")
-        said = [part for part in settings.split(" ") if part not in ("", "--set")]
+        said = [part for part in shlex.split(settings) if part not in ("", "--set")]
         assert load_config(QUICKSTART, [*SMALL, *overrides, *said]) == other.config
         assert other.config.engine.kind == "deepspeed" or not other.config.engine.deepspeed_config
         assert other.config.parallel.dp_replicate == 1 or other.config.engine.kind == "fsdp2"
