@@ -43,9 +43,8 @@ def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outl
     Of the whole model else, under DeepSpeed, whose buckets and limits of live parameters bend both lines, and where
     FSDP2 gathers more blocks ahead than three layers have.
     """
-    layers, engine = config.model.n_layers, config.engine
-    bent = engine.kind == "deepspeed" or engine.prefetch >= _FEW[0]
-    if layers <= _FEW[-1] or bent or not layers_alike(config.model):
+    layers = config.model.n_layers
+    if layers_rehearsed(config) == layers:
         return outlook(config, device, world_size=world_size)
     few = [estimate(changed(config, {"model.n_layers": number}), world_size=world_size) for number in _FEW]
     bounds = [roofline(config, found, device) for found in few]
@@ -60,6 +59,13 @@ def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outl
     told = {name: at_all(seconds, times[1][name]) for name, seconds in times[0].items()}
     peak = round(at_all(few[0].peak, few[1].peak))
     return Outlook(config, peak, of_times(told, config, whole, device), device.memory)
+
+
+def layers_rehearsed(config: RunConfig) -> int:
+    """By `quick_outlook`, together; as many as the model has: the whole model is."""
+    layers, engine = config.model.n_layers, config.engine
+    bent = engine.kind == "deepspeed" or engine.prefetch >= _FEW[0]
+    return layers if layers <= sum(_FEW) or bent or not layers_alike(config.model) else sum(_FEW)
 
 
 def layers_alike(model: ModelConfig) -> bool:
