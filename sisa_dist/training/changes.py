@@ -64,8 +64,13 @@ def differences(before: RunConfig, after: RunConfig) -> dict[str, Any]:
 
 def arguments(settings: Mapping[str, Any], *, prefix: str = "") -> str:
     """As `--set` arguments for a shell; `prefix` goes before each key. Nothing to set: `as it is`."""
-    told = [f"--set {shlex.quote(f'{prefix}{key}={_text(value)}')}" for key, value in settings.items()]
+    told = [f"--set {shlex.quote(prefix + setting)}" for setting in assignments(settings)]
     return " ".join(told) or "as it is"
+
+
+def assignments(settings: Mapping[str, Any], *, between: str = "=") -> list[str]:
+    """KEY=VALUE, with values as YAML writes them."""
+    return [f"{key}{between}{_text(value)}" for key, value in settings.items()]
 
 
 def _differences(before: Any, after: Any, prefix: str) -> list[tuple[str, Any]]:

@@ -33,7 +33,12 @@ def outlook(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
 
 
 def outlook_of(config: RunConfig, found: Estimate, device: Device) -> Outlook:
-    return Outlook(config, found.peak, roofline(config, found, device), device.memory)
+    return Outlook(config, bytes_on(device, found), roofline(config, found, device), device.memory)
+
+
+def bytes_on(device: Device, found: Estimate) -> int:
+    """At most, in the memory that `device.memory` is of."""
+    return found.peak + (found.host if device.is_host else 0)
 
 
 def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
@@ -57,7 +62,7 @@ def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outl
     flops = training_flops_per_token(config.model, config.training.seq_len) * config.training.global_batch_tokens
     whole = dataclasses.replace(few[0], flops_per_step=flops)
     told = {name: at_all(seconds, times[1][name]) for name, seconds in times[0].items()}
-    peak = round(at_all(few[0].peak, few[1].peak))
+    peak = round(at_all(*(bytes_on(device, found) for found in few)))
     return Outlook(config, peak, of_times(told, config, whole, device), device.memory)
 
 
