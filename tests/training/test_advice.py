@@ -12,10 +12,10 @@ import pytest
 from distributed.pretending import alone
 from hand_made import ROUND, made_estimate
 from sisa_dist.config import RunConfig, UserError, load_config
-from sisa_dist.training.advice import advise
+from sisa_dist.training.advice import advise, single_changes
 from sisa_dist.training.changes import arguments, changed, differences
 from sisa_dist.training.devices import DEVICES, Device
-from sisa_dist.training.outlook import Outlook, outlook, quick_outlook
+from sisa_dist.training.outlook import Outlook, bytes_on, layers_rehearsed, outlook, quick_outlook
 from sisa_dist.training.roofline import of_times
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -71,6 +71,46 @@ def test_a_run_that_does_not_fit_is_made_to() -> None:
 
 def test_where_nothing_fits_the_smallest_peaks_are_told() -> None:
     assert _advised(10) == [{"engine.cpu_offload": True}, {"engine.activation_checkpointing": True}]
+
+
+def test_where_memory_is_the_hosts_nothing_is_moved_there() -> None:
+    config = _config("engine.activation_checkpointing=true")
+    for is_host, offloads in ((False, {"engine.cpu_offload", "engine.activation_offload"}), (True, set())):
+        device = dataclasses.replace(ROUND, is_host=is_host)
+        tried = {key for change in single_changes(config, device, world_size=1, fits=False) for key in change}
+        assert {key for key in tried if key.endswith("offload")} == offloads
+    assert bytes_on(device, made_estimate(peak=5, host=7)) == 12
+    assert bytes_on(ROUND, made_estimate(peak=5, host=7)) == 5
+
+
+def test_advice_is_told_against_the_whole_model() -> None:
+    device = dataclasses.replace(ROUND, memory=1000.0)
+    looked = _supposed(_config(), device, world_size=1)
+    twice = made_estimate()
+    bound = of_times(looked.bound.parts | {"forward": 18.0, "overlapped": 0.0}, looked.config, twice, device)
+    whole = dataclasses.replace(looked, peak=990, bound=bound)
+    now, helping = advise(_config(), device, world_size=1, whole=whole, look=_supposed)
+    assert now is whole and [(advice.settings, advice.peak) for advice in helping] == [
+        ({"engine.precision": "bf16"}, 990)
+    ]
+    assert helping[0].faster == pytest.approx(0.5) and helping[0].seconds == pytest.approx(9.0)
+
+
+def test_deepspeed_is_not_told_from_few_layers() -> None:
+    deep = ["model.n_layers=9", "engine.kind=deepspeed"]
+    assert layers_rehearsed(_config("model.n_layers=9")) == 7
+    assert layers_rehearsed(_config(*deep)) == layers_rehearsed(_config("model.n_layers=9", "engine.prefetch=3")) == 9
+
+
+def _of_zero_3() -> list[Outlook]:
+    own = "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 20000, stage3_max_live_parameters: 60000}}"
+    return _of_both(["model.n_layers=8", "engine.kind=deepspeed", "training.global_batch_tokens=128", own])
+
+
+@pytest.mark.slow
+def test_buckets_and_live_parameters_are_those_of_the_whole_model() -> None:
+    whole, told = alone(_of_zero_3)
+    assert told.peak == whole.peak and told.bound.parts == pytest.approx(whole.bound.parts)
 
 
 def test_changes_drop_what_they_leave_without_effect() -> None:
