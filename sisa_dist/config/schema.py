@@ -226,6 +226,11 @@ class RunConfig(Section):
                 f"parallel.sequence_parallel cuts training.seq_len {seq_len} by tp {tp}, which does not divide it: set "
                 f"seq_len to {max(1, seq_len // tp) * tp} or {(seq_len // tp + 1) * tp}"
             )
+        if self.engine.kind == "deepspeed" and self.parallel.dp_replicate > 1:
+            raise ValueError(
+                "parallel.dp_replicate needs engine.kind fsdp2: under deepspeed set it to 1 and, for shards within a "
+                "host, engine.deepspeed_config.zero_optimization.zero_hpz_partition_size"
+            )
         self._check_experts()
         self._check_chunk()
         check_context(self.parallel, self.model, seq_len=self.training.seq_len, path=self.attention.path)

@@ -11,6 +11,7 @@ It knows nothing of checkpoints: where a run stands, and what begins next, is tr
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,14 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         return Run(tuple(_resolve(tree)), text)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def read_run_again(run: Run, overrides: Sequence[str]) -> Run:
+    """`run` with `overrides` laid over its text. Raises UserError as load_run does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text(run.text, encoding="utf-8")
+        return load_run(path, overrides)
 
 
 def _resolve(tree: dict[str, Any]) -> Iterator[RunStage]:

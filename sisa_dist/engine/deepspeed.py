@@ -50,11 +50,6 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         self._deepspeed = deepspeed = _import(mesh)
-        if mesh.size("dp_replicate") > 1:
-            raise UserError(
-                "parallel.dp_replicate needs engine.kind fsdp2: under deepspeed set it to 1 and, for shards within a "
-                "host, engine.deepspeed_config.zero_optimization.zero_hpz_partition_size"
-            )
         self.mesh, self.dp_rank, self.dp_size = mesh, mesh.dp_rank, mesh.dp_size
         self.reduce_size = mesh.reduce_size
         self.stage = config.engine.zero_stage

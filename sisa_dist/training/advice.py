@@ -30,6 +30,7 @@ def advise(
     *,
     world_size: int,
     best: int = 3,
+    whole: Outlook | None = None,
     look: Callable[..., Outlook] = quick_outlook,
     progress: Callable[[str], None] = lambda told: None,
 ) -> tuple[Outlook, list[Advice]]:
@@ -37,20 +38,24 @@ def advise(
 
     Of a run that fits: those that shorten its step and leave it fitting. Of one that does not: those that make it fit,
     the fastest first; where none does, those that leave the smallest peak. `look` is how an outlook is come by.
+    `whole`, the config's own where it is known more exactly, is what the advice is told against: the others are scaled
+    by what `look` misses of it.
     """
     progress("as it is")
-    now = look(config, device, world_size=world_size)
+    looked = look(config, device, world_size=world_size)
+    now = whole or looked
+    longer, larger = now.bound.seconds / looked.bound.seconds, now.peak / looked.peak
     found: list[Advice] = []
-    for change in single_changes(config, world_size=world_size, ranks_per_host=device.ranks_per_host, fits=now.fits):
+    for change in single_changes(config, device, world_size=world_size, fits=now.fits):
         try:
             other = changed(config, change)
             progress(", ".join(f"{key} {value}" for key, value in change.items()))
             then = look(other, device, world_size=world_size)
         except UserError:  # not of this model, batch or number of processes
             continue
-        seconds, before = then.bound.seconds, now.bound.seconds
-        faster = 1 - seconds / before if before else 0.0
-        found.append(Advice(differences(config, other), seconds, faster, then.peak, now.peak - then.peak, then.fits))
+        seconds, peak = longer * then.bound.seconds, round(larger * then.peak)
+        faster, fits = 1 - seconds / now.bound.seconds, peak <= device.memory
+        found.append(Advice(differences(config, other), seconds, faster, peak, now.peak - peak, fits))
     if now.fits:  # a thousandth is less than the ceilings are known to
         helping = [advice for advice in found if advice.fits and advice.faster > 1e-3]
     else:
@@ -60,7 +65,7 @@ def advise(
     return now, helping[:best]
 
 
-def single_changes(config: RunConfig, *, world_size: int, ranks_per_host: int, fits: bool) -> Iterator[dict[str, Any]]:
+def single_changes(config: RunConfig, device: Device, *, world_size: int, fits: bool) -> Iterator[dict[str, Any]]:
     """Each a change of one setting, with what it drags along. What only saves memory is left out where all `fits`."""
     engine, parallel, training = config.engine, config.parallel, config.training
     yield {"training.micro_batch_size": 2 * training.micro_batch_size}
@@ -68,9 +73,9 @@ def single_changes(config: RunConfig, *, world_size: int, ranks_per_host: int, f
     if not fits:
         if training.micro_batch_size > 1:
             yield {"training.micro_batch_size": training.micro_batch_size // 2}
-        if engine.activation_checkpointing and not engine.activation_offload:
+        if engine.activation_checkpointing and not engine.activation_offload and not device.is_host:
             yield {"engine.activation_offload": True}
-        if not engine.cpu_offload:
+        if not engine.cpu_offload and not device.is_host:
             yield {"engine.cpu_offload": True}
         if engine.mlp_chunk is None:
             yield {"engine.mlp_chunk": max(1, training.seq_len // 4)}
@@ -83,7 +88,7 @@ def single_changes(config: RunConfig, *, world_size: int, ranks_per_host: int, f
         return
     if engine.kind == "fsdp2":
         yield {"engine.reshard_after_forward": not engine.reshard_after_forward}
-        hosts = world_size // ranks_per_host
+        hosts = world_size // device.ranks_per_host
         if parallel.dp_replicate > 1:
             yield {"parallel.dp_replicate": 1}
         elif hosts > 1:

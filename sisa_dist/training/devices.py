@@ -34,6 +34,7 @@ class Device:
     host_bandwidth: float  # a rank's part of what host memory gives
     ranks_per_host: int = 8
     overlaps: bool = True  # whether it computes while it sends
+    is_host: bool = False  # its memory is host memory: nothing is saved by moving there
     chip: str = ""  # what PyTorch's name of such a device holds
     measured: str = ""  # of what was measured, and what was not
 
@@ -131,6 +132,7 @@ def measure_here(ranks: int) -> Device:
             host_link=bandwidth / 2 / ranks,
             host_bandwidth=bandwidth / ranks,
             ranks_per_host=ranks,
+            is_host=True,
             overlaps=False,  # the cores that would send are those that compute
             measured=told,
         )

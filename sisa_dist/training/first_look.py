@@ -1,7 +1,7 @@
 """What is known of a layout before anything is rehearsed: bytes that it holds at the least, and about its time.
 
 The bytes are a lower bound, so that what exceeds a device may be dropped unseen. The time only says what to try first:
-model FLOPs at the peak, weights and gradients over the data ranks, what tp sends at the borders of its regions.
+model FLOPs at the peak, weights and gradients over the data ranks, what tp, cp and ep send at the borders of theirs.
 """
 
 from __future__ import annotations
@@ -85,11 +85,25 @@ class FirstLook:
         elif engine.zero_stage == 3:
             beside = over_data("all_gather", 2 * rounds * whole) + over_data("reduce_scatter", rounds * whole)
         else:
-            beside, waited = over_data("reduce_scatter", whole), over_data("all_gather", whole)
+            sums = rounds if engine.zero_stage == 2 else 1
+            beside, waited = over_data("all_reduce", sums * whole), over_data("all_gather", whole)
         stream = training.micro_batch_size * training.seq_len // parallel.cp * model.d_model * size
         crossings = (6 if engine.activation_checkpointing else 4) * model.n_layers * rounds
         waited += self._sent("all_reduce", "tp", parallel.tp, 1, crossings * stream)
-        return max(computed, beside) + waited
+        routed = 4 * rounds * stream * (model.moe.top_k * model.layer_mlps.count("moe") if model.moe else 0)
+        waited += self._sent("all_to_all", "ep", parallel.ep, 1, routed)  # there and back, forward and backward
+        return max(computed, beside) + waited + self._context(config, rounds * size)
+
+    def _context(self, config: RunConfig, each: int) -> float:
+        """Keys and values of a window to all cp ranks, or heads of all that attention reads and gives; and back."""
+        parallel, training, model = config.parallel, config.training, config.model
+        times = each * model.n_layers * (4 if config.engine.activation_checkpointing else 3)
+        tokens = times * training.micro_batch_size * training.seq_len / parallel.tp
+        pairs = 2 * model.kv_heads * model.width_per_head
+        if parallel.cp_kind == "ulysses":
+            channels = (pairs + 2 * model.n_heads * model.width_per_head) / parallel.cp
+            return self._sent("all_to_all", "cp", parallel.cp, parallel.tp, tokens * channels)
+        return self._sent("all_gather", "cp", parallel.cp, parallel.tp, tokens * pairs)
 
     def _sent(self, collective: str, axis: str, ranks: int, stride: int, bytes_: float) -> float:
         if ranks == 1:

@@ -33,14 +33,23 @@ def outlook(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
 
 
 def outlook_of(config: RunConfig, found: Estimate, device: Device) -> Outlook:
-    return Outlook(config, found.peak, roofline(config, found, device), device.memory)
+    return Outlook(config, bytes_on(device, found), roofline(config, found, device), device.memory)
+
+
+def bytes_on(device: Device, found: Estimate) -> int:
+    """At most, in the memory that `device.memory` is of."""
+    return found.peak + (found.host if device.is_host else 0)
 
 
 def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
     """The same from models of three and of four layers, where all layers are alike: time and bytes are then affine in
-    their number, but for where the peak moves to another moment of the step. Else of the whole model."""
+    their number, but for where the peak moves to another moment of the step.
+
+    Of the whole model else, under DeepSpeed, whose buckets and limits of live parameters bend both lines, and where
+    FSDP2 gathers more blocks ahead than three layers have.
+    """
     layers = config.model.n_layers
-    if layers <= _FEW[-1] or not layers_alike(config.model):
+    if layers_rehearsed(config) == layers:
         return outlook(config, device, world_size=world_size)
     few = [estimate(changed(config, {"model.n_layers": number}), world_size=world_size) for number in _FEW]
     bounds = [roofline(config, found, device) for found in few]
@@ -53,8 +62,15 @@ def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outl
     flops = training_flops_per_token(config.model, config.training.seq_len) * config.training.global_batch_tokens
     whole = dataclasses.replace(few[0], flops_per_step=flops)
     told = {name: at_all(seconds, times[1][name]) for name, seconds in times[0].items()}
-    peak = round(at_all(few[0].peak, few[1].peak))
+    peak = round(at_all(*(bytes_on(device, found) for found in few)))
     return Outlook(config, peak, of_times(told, config, whole, device), device.memory)
+
+
+def layers_rehearsed(config: RunConfig) -> int:
+    """By `quick_outlook`, together; as many as the model has: the whole model is."""
+    layers, engine = config.model.n_layers, config.engine
+    bent = engine.kind == "deepspeed" or engine.prefetch >= _FEW[0]
+    return layers if layers <= sum(_FEW) or bent or not layers_alike(config.model) else sum(_FEW)
 
 
 def layers_alike(model: ModelConfig) -> bool:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sisa_dist.config import Run, RunConfig, RunStage, UserError
+from sisa_dist.config.stages import read_run_again
 from sisa_dist.training.advice import Advice, advise
-from sisa_dist.training.changes import arguments
+from sisa_dist.training.changes import arguments, assignments
 from sisa_dist.training.cost import Cost, cost_of
 from sisa_dist.training.devices import Device, device_named
 from sisa_dist.training.estimate import INSIDE, Estimate, default_world, estimate
+from sisa_dist.training.outlook import Outlook, outlook_of
 from sisa_dist.training.roofline import Roofline, roofline
 from sisa_dist.training.show_search import A_BOUND, print_search, progress_line
 from sisa_dist.training.stages import title
@@ -49,13 +53,24 @@ def estimate_run(
     for one in chosen:
         ranks = gpus or world or default_world(one.config)
         on = None if device is None else device_named(device, ranks=ranks)
-        prefix = f"stages.{one.name}." if run.staged else ""
+        to_set = partial(_to_set, run, one) if run.staged else arguments
         if run.staged and not as_json:
             print(title(run, one))
         if search and on is not None and gpus is not None:
-            print_search(one, on, gpus=gpus, price=price, as_json=as_json, prefix=prefix)
+            print_search(one, on, gpus=gpus, price=price, as_json=as_json, to_set=to_set)
         else:
-            print_estimate(one, world_size=world, device=on, price=price, as_json=as_json, prefix=prefix)
+            print_estimate(one, world_size=world, device=on, price=price, as_json=as_json, to_set=to_set)
+
+
+def _to_set(run: Run, stage: RunStage, settings: Mapping[str, Any]) -> str:
+    """As `--set` arguments of a stage, where the run is read with them; else, to be written into the file: what the
+    run says too, or a key that a stage inherits, cannot be set there."""
+    prefix = f"stages.{stage.name}."
+    try:
+        read_run_again(run, [f"{prefix}{setting}" for setting in assignments(settings)])
+    except UserError:
+        return f"in stage {stage.name} of the file: " + ", ".join(assignments(settings, between=": "))
+    return arguments(settings, prefix=prefix)
 
 
 def print_estimate(
@@ -65,10 +80,10 @@ def print_estimate(
     device: Device | None = None,
     price: float | None = None,
     as_json: bool = False,
-    prefix: str = "",
+    to_set: Callable[[Mapping[str, Any]], str] = arguments,
 ) -> None:
     """As tables, or as one JSON object whose keys are `Estimate`'s, and with a device also device, roofline, cost and
-    advice. `price`: of a device-hour. `prefix`: of keys in `--set` arguments."""
+    advice. `price`: of a device-hour. `to_set`: how settings are told to be set."""
     config = stage.config
     found = estimate(config, world_size=world_size)
     told: dict[str, Any] = dataclasses.asdict(found)
@@ -84,11 +99,13 @@ def print_estimate(
         cost = cost_of(stage, bound, ranks=ranks, price_per_hour=price)
         console.print(_time_table(bound, device))
         console.print(_of_the_run(bound, cost), soft_wrap=True)
+        sys.stdout.flush()  # what is known stands before what takes longer
+        now = outlook_of(config, found, device)
         with progress_line("settings that would help") as progress:
-            _, helping = advise(config, device, world_size=ranks, progress=progress)
-        console.print(_advice(found.peak, device, helping, prefix), soft_wrap=True)
+            _, helping = advise(config, device, world_size=ranks, whole=now, progress=progress)
+        console.print(_advice(now, found.host, device, [(a, to_set(a.settings)) for a in helping]), soft_wrap=True)
         told |= {"device": dataclasses.asdict(device), "roofline": bound.numbers(), "cost": dataclasses.asdict(cost)}
-        told |= {"fits": found.peak <= device.memory, "advice": [dataclasses.asdict(advice) for advice in helping]}
+        told |= {"fits": now.fits, "advice": [dataclasses.asdict(advice) for advice in helping]}
     if as_json:
         print(json.dumps(told, indent=1))
 
@@ -119,20 +136,24 @@ def _of_the_run(bound: Roofline, cost: Cost) -> str:
     return told + ("" if cost.price is None else f", price {cost.price:,.2f}") + "\n" + A_BOUND
 
 
-def _advice(peak: int, device: Device, helping: Sequence[Advice], prefix: str) -> str:
-    fits = peak <= device.memory
-    heading = f"{'It fits' if fits else 'It does not fit'}: {peak / 2**30:.2f} of {device.memory / 2**30:.2f} GiB."
+def _advice(now: Outlook, host: int, device: Device, helping: Sequence[tuple[Advice, str]]) -> str:
+    """`host`: bytes in host memory; with each advice, how to set it."""
+    fits = now.fits
+    heading = f"{'It fits' if fits else 'It does not fit'}: {now.peak / 2**30:.2f} of {device.memory / 2**30:.2f} GiB"
+    if host and not device.is_host:
+        heading += f", and {host / 2**30:.2f} GiB a rank in host memory, which is not checked"
+    heading += "."
     if not helping:
         remedy = "leave it as it is" if fits else "take more devices, or --search several at once"
         return f"{heading} No single setting would help: {remedy}."
-    if fits or any(advice.fits for advice in helping):
+    if fits or any(advice.fits for advice, _ in helping):
         lines = [f"{heading} What would help most:"]
     else:
         lines = [f"{heading} No single setting makes it fit; these save most (--search tries several at once):"]
-    for advice in helping:
+    for advice, settings in helping:
         speed = f"{abs(advice.faster):.1%} {'less' if advice.faster >= 0 else 'more'} time"
         memory = f"{abs(advice.saved) / 2**30:.2f} GiB {'less' if advice.saved >= 0 else 'more'}"
-        lines.append(f"  {arguments(advice.settings, prefix=prefix)}: {speed}, {memory}")
+        lines.append(f"  {settings}: {speed}, {memory}")
     return "\n".join(lines)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +25,15 @@ A_BOUND = (
 
 
 def print_search(
-    stage: RunStage, device: Device, *, gpus: int, price: float | None = None, as_json: bool = False, prefix: str = ""
+    stage: RunStage,
+    device: Device,
+    *,
+    gpus: int,
+    price: float | None = None,
+    as_json: bool = False,
+    to_set: Callable[[Mapping[str, Any]], str] = arguments,
 ) -> None:
-    """Layouts as a table, or as one JSON object."""
+    """Layouts as a table, or as one JSON object. `to_set`: how settings are told to be set."""
     with progress_line(f"layouts for {gpus} {device.name}") as progress:
         found = search_layouts(stage.config, device, gpus=gpus, progress=progress)
     rows = []
@@ -59,7 +66,7 @@ def print_search(
     console.print(table)
     console.print(A_BOUND, soft_wrap=True)
     for number, (_, _, settings) in enumerate(rows, start=1):
-        console.print(f"{number}: {arguments(settings, prefix=prefix)}", soft_wrap=True)
+        console.print(f"{number}: {to_set(settings)}", soft_wrap=True)
 
 
 @contextmanager

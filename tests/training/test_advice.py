@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 from distributed.pretending import alone
 from hand_made import ROUND, made_estimate
 from sisa_dist.config import RunConfig, UserError, load_config
-from sisa_dist.training.advice import advise
+from sisa_dist.training.advice import advise, single_changes
 from sisa_dist.training.changes import arguments, changed, differences
 from sisa_dist.training.devices import DEVICES, Device
-from sisa_dist.training.outlook import Outlook, outlook, quick_outlook
+from sisa_dist.training.outlook import Outlook, bytes_on, layers_rehearsed, outlook, quick_outlook
 from sisa_dist.training.roofline import of_times
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -72,6 +73,46 @@ def test_where_nothing_fits_the_smallest_peaks_are_told() -> None:
     assert _advised(10) == [{"engine.cpu_offload": True}, {"engine.activation_checkpointing": True}]
 
 
+def test_where_memory_is_the_hosts_nothing_is_moved_there() -> None:
+    config = _config("engine.activation_checkpointing=true")
+    for is_host, offloads in ((False, {"engine.cpu_offload", "engine.activation_offload"}), (True, set())):
+        device = dataclasses.replace(ROUND, is_host=is_host)
+        tried = {key for change in single_changes(config, device, world_size=1, fits=False) for key in change}
+        assert {key for key in tried if key.endswith("offload")} == offloads
+    assert bytes_on(device, made_estimate(peak=5, host=7)) == 12
+    assert bytes_on(ROUND, made_estimate(peak=5, host=7)) == 5
+
+
+def test_advice_is_told_against_the_whole_model() -> None:
+    device = dataclasses.replace(ROUND, memory=1000.0)
+    looked = _supposed(_config(), device, world_size=1)
+    twice = made_estimate()
+    bound = of_times(looked.bound.parts | {"forward": 18.0, "overlapped": 0.0}, looked.config, twice, device)
+    whole = dataclasses.replace(looked, peak=990, bound=bound)
+    now, helping = advise(_config(), device, world_size=1, whole=whole, look=_supposed)
+    assert now is whole and [(advice.settings, advice.peak) for advice in helping] == [
+        ({"engine.precision": "bf16"}, 990)
+    ]
+    assert helping[0].faster == pytest.approx(0.5) and helping[0].seconds == pytest.approx(9.0)
+
+
+def test_deepspeed_is_not_told_from_few_layers() -> None:
+    deep = ["model.n_layers=9", "engine.kind=deepspeed"]
+    assert layers_rehearsed(_config("model.n_layers=9")) == 7
+    assert layers_rehearsed(_config(*deep)) == layers_rehearsed(_config("model.n_layers=9", "engine.prefetch=3")) == 9
+
+
+def _of_zero_3() -> list[Outlook]:
+    own = "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 20000, stage3_max_live_parameters: 60000}}"
+    return _of_both(["model.n_layers=8", "engine.kind=deepspeed", "training.global_batch_tokens=128", own])
+
+
+@pytest.mark.slow
+def test_buckets_and_live_parameters_are_those_of_the_whole_model() -> None:
+    whole, told = alone(_of_zero_3)
+    assert told.peak == whole.peak and told.bound.parts == pytest.approx(whole.bound.parts)
+
+
 def test_changes_drop_what_they_leave_without_effect() -> None:
     given = ["engine.kind=deepspeed", "engine.zero_stage=2"]
     config = _config(*given, "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 7}}")
@@ -80,9 +121,14 @@ def test_changes_drop_what_they_leave_without_effect() -> None:
     said = differences(config, other)
     assert said == {"engine.kind": "fsdp2", "engine.zero_stage": 3, "engine.deepspeed_config": {}}
     told = arguments(said)
-    assert told == "--set engine.kind=fsdp2 --set engine.zero_stage=3 --set engine.deepspeed_config={}"
-    overrides = [part for part in told.split(" ") if part != "--set"]
+    assert told == "--set engine.kind=fsdp2 --set engine.zero_stage=3 --set 'engine.deepspeed_config={}'"
+    overrides = [part for part in shlex.split(told) if part != "--set"]
     assert load_config(QUICKSTART, [*SMALL, *given, *overrides]) == other  # as the command line would have it
+    own = {"reduce_bucket_size": 7, "stage3_max_live_parameters": 9, "offload_optimizer": {"device": "cpu"}}
+    third = changed(config, {"engine.zero_stage": 3, "engine.deepspeed_config": {"zero_optimization": own}})
+    assert third.engine.deepspeed_config["zero_optimization"] == own
+    first = changed(third, {"engine.zero_stage": 1})  # what is of another stage goes, and no more
+    assert first.engine.deepspeed_config == {"zero_optimization": {"reduce_bucket_size": 7}}
     back = changed(_config("engine.prefetch=2"), {"engine.kind": "deepspeed", "engine.zero_stage": 1})
     assert back.engine.prefetch == 0
     wide = _config("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2", "parallel.cp_kind=ring")
@@ -95,7 +141,7 @@ def test_changes_drop_what_they_leave_without_effect() -> None:
         changed(config, {"training.micro_batch_size": 3})
 
 
-TINY = ["model.d_model=64", "model.d_ff=160", "training.seq_len=128"]
+TINY = ["model.d_model=32", "model.n_heads=2", "model.d_ff=80", "model.vocab_size=128", "training.seq_len=64"]
 
 
 def _of_both(overrides: list[str]) -> list[Outlook]:
@@ -104,8 +150,9 @@ def _of_both(overrides: list[str]) -> list[Outlook]:
 
 
 def test_a_few_layers_tell_of_many() -> None:
-    layers = ["model.n_layers=7", "engine.precision=bf16", "engine.activation_checkpointing=true"]
-    whole, told = alone(_of_both, [*layers, "parallel.tp=2", "training.micro_batch_size=4"])
+    layers = ["model.n_layers=8", "engine.precision=bf16", "engine.activation_checkpointing=true"]
+    batch = ["training.micro_batch_size=4", "training.global_batch_tokens=256"]
+    whole, told = alone(_of_both, [*layers, *batch, "parallel.tp=2"])
     assert told.peak == pytest.approx(whole.peak, rel=0.02)
     assert told.bound.flops == whole.bound.flops and told.bound.mfu == pytest.approx(whole.bound.mfu, rel=0.01)
     assert told.bound.parts == pytest.approx(whole.bound.parts, rel=0.01)
@@ -113,14 +160,14 @@ def test_a_few_layers_tell_of_many() -> None:
 
 
 def _rescued() -> tuple[Outlook, list[Any]]:
-    config = _config(*TINY, "engine.precision=bf16", "training.global_batch_tokens=128", "model.vocab_size=128")
+    config = _config(*TINY, "training.micro_batch_size=32", "training.global_batch_tokens=2048")
     h100 = DEVICES["h100"]
     sizes = [
         quick_outlook(changed(config, {"engine.activation_checkpointing": on}), h100, world_size=1).peak
         for on in (False, True)
     ]
     tiny = dataclasses.replace(h100, memory=sum(sizes) / 2)
-    return advise(config, tiny, world_size=1)
+    return advise(config, tiny, world_size=1, best=9)
 
 
 def test_real_estimates_find_what_makes_a_run_fit() -> None:

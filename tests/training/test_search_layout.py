@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 from distributed.pretending import alone
 from hand_made import made_estimate
 from sisa_dist import cli
-from sisa_dist.config import RunConfig, load_config
+from sisa_dist.config import RunConfig, UserError, load_config, load_run
 from sisa_dist.training import search, show_estimate
 from sisa_dist.training.changes import arguments, differences
 from sisa_dist.training.devices import DEVICES, Device
@@ -56,13 +57,13 @@ DEEP += ["engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 1000}
 def test_what_is_proposed_fits_can_be_set_and_is_ranked(overrides: list[str]) -> None:
     config, found, told = alone(_searched, overrides, 2e8)
     assert len(found.found) == 5 and found.refused > 0 and found.left > 0
-    assert len(told) == found.estimated + 5  # each estimate and each whole model is announced
+    assert len(told) == found.estimated  # each is announced
     seconds = [other.bound.seconds for other in found.found]
     assert seconds == sorted(seconds) and all(other.peak <= 2e8 for other in found.found)
     assert len({describe_layout(other.config) for other in found.found}) == 5  # one micro-batch of each layout
     for other in found.found:
         settings = arguments(differences(config, other.config)).replace("as it is", "")
-        said = [part for part in settings.split(" ") if part not in ("", "--set")]
+        said = [part for part in shlex.split(settings) if part not in ("", "--set")]
         assert load_config(QUICKSTART, [*SMALL, *overrides, *said]) == other.config
         assert other.config.engine.kind == "deepspeed" or not other.config.engine.deepspeed_config
         assert other.config.parallel.dp_replicate == 1 or other.config.engine.kind == "fsdp2"
@@ -75,6 +76,47 @@ def test_what_is_proposed_fits_can_be_set_and_is_ranked(overrides: list[str]) ->
 def test_nothing_fits_and_nothing_is_tried_for_nothing() -> None:
     _, found, told = alone(_searched, [], 1e6)  # states alone are larger
     assert found.found == [] and found.estimated == 0 == len(told) and found.too_large > 50
+
+
+def test_where_the_rules_refuse_all_the_first_reason_is_told() -> None:
+    with pytest.raises(UserError, match=r"^training.global_batch_tokens 8192 is not a multiple .* 12") as told:
+        alone(_searched, [], 2e8, gpus=12)
+    assert "set it to" in str(told.value)
+
+
+def test_what_just_fits_is_rehearsed_whole() -> None:
+    looked = []
+
+    def of_whole(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
+        looked.append(config)
+        return dataclasses.replace(_supposed(config, device, world_size=world_size), peak=10**9)
+
+    config = load_config(QUICKSTART, [*SMALL, "model.n_layers=8"])
+    _, seconds = FirstLook(ROOM, world_size=1)(config)
+    tight = _supposed(config, ROOM, world_size=1).peak * 1.01
+    group, found = [(config.training.micro_batch_size, seconds, config)], Search()
+    device = dataclasses.replace(ROOM, memory=tight)
+    with mock.patch.object(search, "quick_outlook", _supposed), mock.patch.object(search, "outlook", of_whole):
+        told = search._largest_that_fits(group, device, 1, found, FirstLook(device, world_size=1), lambda told: None)
+    assert told is None and looked == [config] and found.estimated == 2 and found.layers == 3 + 4 + 8
+
+
+def test_the_configs_own_layout_is_among_them() -> None:
+    own = ["parallel.tp=4", "engine.activation_checkpointing=true", "training.micro_batch_size=1"]
+    config, found, _ = alone(_searched, own, 2e8)
+    assert any((one.config.parallel, one.config.engine) == (config.parallel, config.engine) for one in found.found)
+
+
+def test_a_stage_is_told_what_its_file_takes(tmp_path: Path) -> None:
+    staged = tmp_path / "staged.yaml"
+    shared = f"extends: {QUICKSTART}\ntraining: {{steps: null}}\nschedule: {{warmup_steps: 0}}\nparallel: {{tp: 1}}\n"
+    staged.write_text(shared + "stages: [{name: a, steps: 40}, {name: b, steps: 10, parallel: {tp: 2}}]\n")
+    run = load_run(staged)
+    taken = show_estimate._to_set(run, run.named("a"), {"engine.precision": "bf16"})
+    assert taken == "--set stages.a.engine.precision=bf16"
+    assert load_run(staged, shlex.split(taken)[1:]).named("a").config.engine.precision == "bf16"
+    told = show_estimate._to_set(run, run.named("b"), {"parallel.tp": 1, "engine.precision": "bf16"})
+    assert told == "in stage b of the file: parallel.tp: 1, engine.precision: bf16"
 
 
 def test_what_the_rules_refuse_is_counted() -> None:
@@ -94,7 +136,7 @@ def test_what_the_rules_refuse_is_counted() -> None:
     assert {(c.parallel.tp, c.parallel.ep) for c in experts} == {(1, 1), (1, 2), (1, 4), (2, 1), (4, 1)}
     assert all(c.engine.zero_stage in (1, 2) for c in experts if c.engine.kind == "deepspeed" and c.parallel.ep > 1)
     ring, _ = tried("parallel.cp=2", "parallel.cp_kind=ring")
-    assert {(c.parallel.cp, c.parallel.cp_kind) for c in ring} == {(1, "all_gather"), (2, "ring")}
+    assert {(c.parallel.cp, c.parallel.cp_kind) for c in ring} == {(1, "all_gather"), (2, "ring"), (2, "ulysses")}
     long, _ = tried("training.seq_len=16384", "training.micro_batch_size=1", "training.global_batch_tokens=131072")
     assert {c.parallel.cp for c in long} == {1, 2, 4, 8}
     one, _ = tried(gpus=1)
