@@ -164,7 +164,9 @@ def _offloaded_gathers(seen: Rehearsed) -> Iterator[None]:
 
 
 def _note_uses(model: LM, uses: list[Use]) -> None:
-    """Hooks that note which module's weights are used when; a tied head uses the embedding's."""
+    """Hooks that note which module's weights are used when. A tied head uses the embedding's, and so does the model,
+    which hands it over: DeepSpeed counts what a module reads of another's as its own."""
+    tied = not list(model.head.parameters())
 
     def noting(use: Use) -> Any:
         def hook(*_: Any) -> None:
@@ -175,7 +177,7 @@ def _note_uses(model: LM, uses: list[Use]) -> None:
 
     for prefix, module in model.named_modules():
         names = tuple(f"{prefix}.{name}" for name, p in module._parameters.items() if p is not None)
-        names = ("embed.weight",) if module is model.head and not names else names
+        names = ("embed.weight",) if tied and module in (model.head, model) else names
         module.register_forward_pre_hook(noting(Use(True, prefix, names)))
         module.register_forward_hook(noting(Use(False, prefix, names)))
 
