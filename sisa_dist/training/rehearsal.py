@@ -80,7 +80,8 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
 
     Moments: `embedding`, `forward of layer 3`, `loss`, `backward of layer 3`, `optimizer step`. Of several
     micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played; traffic and
-    work of the first count for those between too, which send the same and add their gradients to what is there.
+    work of the first count for those between too, which send the same; that they also add their
+    gradients to what is there, estimate.py counts.
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`. Sanity checks
     (engine.check_every) are not played.
     """
