@@ -80,7 +80,8 @@ def rehearse_step(config: RunConfig, mesh: Mesh) -> Rehearsed:
 
     Moments: `embedding`, `forward of layer 3`, `loss`, `backward of layer 3`, `optimizer step`. Of several
     micro-batches the first, with `FIRST` before its moments and `NEXT` after them, and the last are played; traffic and
-    work of the first count for those between too, which send the same and add their gradients to what is there.
+    work of the first count for those between too, which send the same; that they also add their
+    gradients to what is there, estimate.py counts.
     `engine.compile` is played without compiling; an attention backend asked for by name as `auto`. Sanity checks
     (engine.check_every) are not played.
     """
@@ -164,7 +165,9 @@ def _offloaded_gathers(seen: Rehearsed) -> Iterator[None]:
 
 
 def _note_uses(model: LM, uses: list[Use]) -> None:
-    """Hooks that note which module's weights are used when; a tied head uses the embedding's."""
+    """Hooks that note which module's weights are used when. A tied head uses the embedding's, and so does the model,
+    which hands it over: DeepSpeed counts what a module reads of another's as its own."""
+    tied = not list(model.head.parameters())
 
     def noting(use: Use) -> Any:
         def hook(*_: Any) -> None:
@@ -175,7 +178,7 @@ def _note_uses(model: LM, uses: list[Use]) -> None:
 
     for prefix, module in model.named_modules():
         names = tuple(f"{prefix}.{name}" for name, p in module._parameters.items() if p is not None)
-        names = ("embed.weight",) if module is model.head and not names else names
+        names = ("embed.weight",) if tied and module in (model.head, model) else names
         module.register_forward_pre_hook(noting(Use(True, prefix, names)))
         module.register_forward_hook(noting(Use(False, prefix, names)))
 

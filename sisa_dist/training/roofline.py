@@ -1,10 +1,13 @@
-"""The least time that a device's ceilings leave a training step: what it computes, what it sends, what it waits for.
+"""A training step at a device's ceilings, every trip to memory charged: what it computes, what it sends, waits for.
 
-A bound, not a forecast. Each operator takes as long as its FLOPs or its bytes ask, whichever is more; each collective
-as its bytes over the wires it crosses. Left out: launches of kernels, latencies, ranks that wait for a slower one,
-reading the data, and how far real kernels stay below the ceilings. What would let a step beat it: kernels that fuse
-what is here one operator and one trip to memory each (engine.compile, attention on a GPU), caches that spare such a
-trip, and engine.overlap, whose tp collectives run behind weight gradients and are counted as waited for.
+No forecast, and no strict bound: on a CPU, whose caches keep many of the bytes that are charged here, a small model's
+step can take well under it. Each operator takes as long as its FLOPs or its bytes ask, whichever is more; each
+collective as its bytes over the wires it crosses. Left out: launches of kernels, latencies, ranks that wait for a
+slower one, reading the data, and how far real kernels stay below the ceilings. What would let a step beat it: kernels
+that fuse what is here one operator and one trip to memory each (engine.compile, attention on a GPU), caches that spare
+such a trip, engine.overlap, whose tp collectives run behind weight gradients and are counted as waited for, and copies
+to the host beside copies from it: all are charged one after another to a link of one direction's speed, as activations
+go (away in the forward, back in the backward), but offloaded weights may come while gradients go.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class Roofline:
     flops: float  # of the model, in a step of all ranks
     tokens: int
     peak: float  # FLOP/s of all ranks
+    reduced: float = 0.0  # of the overlapped seconds, gradients': these run beside a backward alone
 
     @property
     def seconds(self) -> float:
@@ -70,30 +74,34 @@ def roofline(config: RunConfig, found: Estimate, device: Device) -> Roofline:
     computed = dict.fromkeys(COMPUTED, 0.0)
     for work in found.work:
         computed[work.phase] += work.calls * _work_seconds(work, config.engine, device)
-    waited = overlapped = 0.0
+    waited = overlapped = reduced = 0.0
     for transfer in found.traffic:
         seconds = transfer_seconds(transfer, device, world)
         if device.overlaps and _overlaps(transfer, config.engine):
             overlapped += seconds
+            reduced += seconds if transfer.collective != "all_gather" else 0.0
         else:
             waited += seconds
     times = computed | {
         "waited": waited,
         "overlapped": overlapped,
+        "reduced": reduced,
         "host": found.host_bytes_per_step / device.host_link,
     }
     return of_times(times, config, found, device)
 
 
 def of_times(times: Mapping[str, float], config: RunConfig, found: Estimate, device: Device) -> Roofline:
-    """From the seconds of each part, with `overlapped` for what runs beside the others."""
+    """From the seconds of each part, with `overlapped` for what runs beside the others, and `reduced` of it."""
     parts = {name: times[name] for name in (*COMPUTED, "waited")}
     beside = sum(times[name] for name in COMPUTED if name != "optimizer")
-    parts["exposed"] = max(0.0, times["overlapped"] - beside)
+    reduced = times.get("reduced", 0.0)
+    backward = (times["recomputation"] + times["backward"]) / _backwards_a_reduction(config.engine, found)
+    parts["exposed"] = max(0.0, times["overlapped"] - beside, reduced - backward)
     parts["host"] = times["host"]
     dtype = "bfloat16" if config.engine.precision == "bf16" else "float32"
     peak = _world(found) * device.flops[dtype]
-    return Roofline(parts, times["overlapped"], found.flops_per_step, found.tokens_per_step, peak)
+    return Roofline(parts, times["overlapped"], found.flops_per_step, found.tokens_per_step, peak, reduced)
 
 
 def transfer_seconds(transfer: Transfer, device: Device, world: int) -> float:
@@ -146,6 +154,11 @@ def _overlaps(transfer: Transfer, engine: EngineConfig) -> bool:
     if not engine.deepspeed_config.get("zero_optimization", {}).get("overlap_comm", True):
         return False
     return engine.zero_stage == 3 or (engine.zero_stage > 0 and transfer.collective != "all_gather")
+
+
+def _backwards_a_reduction(engine: EngineConfig, found: Estimate) -> int:
+    """Micro-batches whose gradients are reduced at once, in the last one's backward; ZeRO-2 and 3 reduce in each."""
+    return found.micro_batches if engine.kind == "fsdp2" or engine.zero_stage < 2 else 1
 
 
 def _world(found: Estimate) -> int:

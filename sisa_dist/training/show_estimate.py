@@ -86,7 +86,7 @@ def print_estimate(
     advice. `price`: of a device-hour. `to_set`: how settings are told to be set."""
     config = stage.config
     found = estimate(config, world_size=world_size)
-    told: dict[str, Any] = dataclasses.asdict(found)
+    told = _told(found)
     console = Console(highlight=False, quiet=as_json)
     console.print(_heading(config, found), soft_wrap=True)
     console.print(_table(config, found))
@@ -108,6 +108,18 @@ def print_estimate(
         told |= {"fits": now.fits, "advice": [dataclasses.asdict(advice) for advice in helping]}
     if as_json:
         print(json.dumps(told, indent=1))
+
+
+def _told(found: Estimate) -> dict[str, Any]:
+    """As JSON: also what is derived; of the many kinds of work the sums of each phase."""
+    told = dataclasses.asdict(found) | {"states": found.states}
+    told["traffic"] = [dataclasses.asdict(transfer) | {"sent": transfer.sent} for transfer in found.traffic]
+    told["work"] = {}
+    for work in found.work:
+        phase = told["work"].setdefault(work.phase, {"flops": 0.0, "nbytes": 0})
+        phase["flops"] += work.calls * work.flops
+        phase["nbytes"] += work.calls * work.nbytes
+    return told
 
 
 def _time_table(bound: Roofline, device: Device) -> Table:

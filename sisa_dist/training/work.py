@@ -13,7 +13,7 @@ class Work:
     """All calls of operators of one kind, dtype and size in one step of one rank."""
 
     phase: Phase
-    operator: str  # aten::mm, sisa::score, …
+    operator: str  # aten::mm, sisa_dist::sigmoid_sisa, …
     dtype: str  # it multiplies in: float32, bfloat16
     calls: int
     flops: float  # of a call; 0 where nothing is multiplied with matrices

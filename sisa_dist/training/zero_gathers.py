@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from typing import NamedTuple
 
 
@@ -24,18 +24,39 @@ class Use(NamedTuple):
 
 
 def with_backward(forward: Sequence[Use], *, recomputed: bool) -> list[Use]:
-    """The backward goes the other way; `recomputed`: with what is inside a block once more before it."""
+    """The backward goes the other way; `recomputed`: with what is inside a block once more before it. An MLP that a
+    block calls more than once has a chunk of tokens each time, and each is made once more before its backward."""
     uses = list(forward)
-    inside = groupby(reversed(forward), key=lambda use: _block_around(use.module))
-    for block, backwards in inside:
-        found = list(backwards)
-        if recomputed and block is not None:
-            again = found[::-1]
-            while not again[-1].begins:  # it stops inside the last module
-                again.pop()
-            uses += again
-        uses += [use._replace(begins=not use.begins) for use in found]
+    for block, backwards in groupby(reversed(forward), key=lambda use: _block_around(use.module)):
+        found = list(backwards)[::-1]
+        calls = [number for number, use in enumerate(found) if use == Use(True, f"blocks.{block}.mlp", use.names)]
+        if len(calls) < 2:
+            again = _up_to_the_last(found) if recomputed and block is not None else []
+            uses += _back(found, again)
+            continue
+        # What a block keeps ends with the last chunk's input, so that its second forward stops before that chunk.
+        again = found[: calls[-1]] if recomputed else []
+        for begin, end in reversed(list(zip(calls, [*calls[1:], len(found)], strict=True))):
+            chunk = found[begin:end]
+            uses += _back(chunk, [*again, *_up_to_the_last(chunk)])
+            again = []
+        uses += _back(found[: calls[0]], [])
     return uses
+
+
+def _back(forward: Sequence[Use], again: Sequence[Use]) -> list[Use]:
+    """`again` is done at the first operator's backward, when the modules around it have begun theirs."""
+    back = [use._replace(begins=not use.begins) for use in reversed(forward)]
+    begun = len(list(takewhile(lambda use: use.begins, back)))
+    return [*back[:begun], *again, *back[begun:]]
+
+
+def _up_to_the_last(forward: Sequence[Use]) -> list[Use]:
+    """A second forward stops inside the last module."""
+    again = list(forward)
+    while not again[-1].begins:
+        again.pop()
+    return again
 
 
 def _block_around(module: str) -> str | None:

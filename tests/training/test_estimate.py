@@ -240,5 +240,11 @@ def test_the_command_prints_a_table_and_json() -> None:
     assert f"{found['parameters']:,} parameters" in table.stdout
     assert found["mesh"] == {"dp_replicate": 1, "tp": 1, "dp_shard": 2}
     assert found["weights"] == pytest.approx(4 * found["parameters"] / 2, rel=0.01)
+    assert found["states"] == found["weights"] + found["gradients"] + found["moments"]
+    shared_out = [t for t in found["traffic"] if t["collective"] in ("all_gather", "reduce_scatter")]
+    assert shared_out and all(transfer["sent"] == transfer["nbytes"] / 2 for transfer in shared_out)
+    assert found["work"].keys() == {"forward", "backward", "optimizer"}
+    products = sum(phase["flops"] for phase in found["work"].values())
+    assert products == pytest.approx(found["flops_per_step"] / 2, rel=0.1)
     refused = subprocess.run([*command, "--set", "parallel.tp=4"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2 and "does not divide the 2 process(es)" in refused.stderr

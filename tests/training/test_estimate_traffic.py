@@ -15,6 +15,9 @@ from sisa_dist.config import RunConfig, parse_config
 from sisa_dist.training.estimate import estimate
 from sisa_dist.training.traffic import Transfer
 
+TIED = {"tie_embeddings": True}
+MOE = {"mlp": ["swiglu", "moe"], "moe": {"experts": 6, "d_ff": 7, "shared": 1, "balance": "bias"}}
+
 
 def _config(
     parallel: dict[str, Any], *, micro_batches: int = 2, model: dict[str, Any] | None = None, **engine: Any
@@ -23,7 +26,7 @@ def _config(
     shape: dict[str, Any] = dict(vocab_size=61, vocab_multiple=8, d_model=32, n_layers=2, n_heads=4, n_kv_heads=1)
     shape |= dict(d_ff=48, mixer=["sisa", "attention"], d_s=[8, 0], tie_embeddings=False, qk_norm=True)
     if "ep" in parallel:
-        shape |= {"mlp": ["swiglu", "moe"], "moe": {"experts": 6, "d_ff": 7, "shared": 1, "balance": "bias"}}
+        shape |= MOE
     data_ranks = parallel.get("dp", 1)
     training = {"steps": 1, "seq_len": 16, "micro_batch_size": 1}
     training |= {"global_batch_tokens": 16 * micro_batches * data_ranks}
@@ -42,6 +45,11 @@ SMALL_BUFFERS = {
     "stage3_prefetch_bucket_size": 2000,
     "stage3_max_reuse_distance": 4000,
 }
+NOTHING_KEPT = {  # nor gathered ahead: each use is a gather
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+}
 MAMBA = {"mixer": ["mamba2", "sisa"], "d_s": [0, 8], "qk_norm": False}
 CASES: dict[str, RunConfig] = {
     name: _config(LAYOUTS[name][1])
@@ -53,6 +61,7 @@ CASES |= {
     "tp2_recurrent": _config(LAYOUTS["tp2"][1], model=MAMBA),
     "cp2_tp2_sp": _config(LAYOUTS["cp2_tp2_sp"][1]),
     "ep2_dp4": _config(LAYOUTS["ep2_dp4"][1]),
+    "dp2_tied": _config(LAYOUTS["dp2"][1], model=TIED),
     "dp2_one": _config(LAYOUTS["dp2"][1], micro_batches=1),
     "dp2_four": _config(LAYOUTS["dp2"][1], micro_batches=4),
     "dp2_bf16": _config(LAYOUTS["dp2"][1], precision="bf16"),
@@ -81,6 +90,19 @@ CASES |= {
     "zero3_checkpointed": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, activation_checkpointing=True),
     "zero3_offloaded": _zero(3, LAYOUTS["dp2"][1], cpu_offload=True),
     "zero2_offloaded": _zero(2, LAYOUTS["dp2"][1], cpu_offload=True),
+    "zero3_tied": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, model=TIED),
+    "zero3_tied_checkpointed": _zero(
+        3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, model=TIED, activation_checkpointing=True
+    ),
+    "zero3_mlp_chunk": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, mlp_chunk=6),
+    "zero3_mlp_chunk_checkpointed": _zero(
+        3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, mlp_chunk=6, activation_checkpointing=True
+    ),
+    "zero3_moe": _zero(3, LAYOUTS["dp2"][1], buffers=SMALL_BUFFERS, model=MOE),
+    "zero3_mlp_chunk_nothing_kept": _zero(
+        3, LAYOUTS["dp2"][1], buffers=NOTHING_KEPT, mlp_chunk=6, activation_checkpointing=True, model=TIED
+    ),
+    "zero3_checkpointed_nothing_kept": _zero(3, LAYOUTS["dp2"][1], buffers=NOTHING_KEPT, activation_checkpointing=True),
     "zero3_buckets": _zero(3, LAYOUTS["dp2"][1], buffers={"reduce_bucket_size": 3000}),
 }
 
@@ -92,7 +114,7 @@ FAST = (
     "ep2",
     "zero0_dp2",
     "zero2_dp2",
-    "zero3_gathered",
+    "zero3_tied",
 )
 
 

@@ -114,6 +114,22 @@ def test_what_zeros_stages_wait_for() -> None:
     assert _exposed(*stages[0], traffic=[reduced]) == (3.5, 0, 0)
 
 
+def test_gradients_of_many_micro_batches_hide_behind_the_last_backward() -> None:
+    def exposed(micro_batches: int, *overrides: str, work: list[Work] = BESIDE, traffic: Transfer = SCATTER) -> float:
+        known = {"work": work, "traffic": [traffic], "mesh": {"dp_shard": 8}, "micro_batches": micro_batches}
+        return _bound("engine.precision=bf16", *overrides, **known).parts["exposed"]
+
+    # 1.75 s of reductions; backwards of 2 s together, so the last of four has half a second.
+    assert [exposed(number) for number in (1, 4)] == pytest.approx([0, 1.25])
+    again = [*BESIDE, Work("recomputation", "aten::mm", "bfloat16", 1, 200.0, 0)]
+    assert exposed(4, work=again) == pytest.approx(0.75)
+    gathered = dataclasses.replace(GATHER, nbytes=16)  # in every micro-batch
+    assert exposed(4, traffic=gathered) == 0
+    zero = {stage: ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in (1, 2, 3)}
+    summed = Transfer("all_reduce", "dp_shard", 8, 1, 4, 8)
+    assert [exposed(4, *zero[stage], traffic=summed) for stage in zero] == pytest.approx([1.25, 0, 0])
+
+
 def test_offloading_pays_the_link_and_the_hosts_memory() -> None:
     found = _bound("engine.cpu_offload=true", work=[AFTER], host_bytes_per_step=12)
     assert found.parts["host"] == 12 / 4 and found.parts["optimizer"] == 50 / 2

@@ -42,6 +42,10 @@ def _flops(work: Iterable[Work], *phases: str) -> float:
     return sum(w.calls * w.flops for w in work if w.phase in phases)
 
 
+def _nbytes(work: Iterable[Work]) -> float:
+    return sum(w.calls * w.nbytes for w in work if w.phase in ("forward", "backward"))
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_products_are_those_of_the_formula(mixer: str, tp: int) -> None:
@@ -66,11 +70,14 @@ def test_recomputation_is_a_forward_of_the_blocks() -> None:
 def test_micro_batches_between_first_and_last_count() -> None:
     one, five = _of(), _of(micro_batches=5)
     assert _flops(five.work, "forward", "backward") == 5 * _flops(one.work, "forward", "backward")
+    # Each micro-batch but the first adds its gradients to what is there.
+    added = [_nbytes(_of(micro_batches=many).work) - many * _nbytes(one.work) for many in (2, 5)]
+    numbers = sum(p.numel() for p in _model().parameters())
+    assert added == pytest.approx([3 * 4 * numbers, 4 * 3 * 4 * numbers], rel=0.01)
     updates = [[w for w in found.work if w.operator == "aten::_fused_adamw_"] for found in (one, five)]
     assert updates[0] == updates[1]
     # Weight, gradient and two moments are read, all but the gradient written; a step count for each tensor.
     tensors = len(list(_model().parameters()))
-    numbers = sum(p.numel() for p in _model().parameters())
     assert sum(w.calls * w.nbytes for w in updates[0]) == 4 * (7 * numbers + tensors)
 
 

@@ -42,7 +42,21 @@ def test_gathering_ahead() -> None:
 def test_the_backward_goes_the_other_way(recomputed: bool) -> None:
     trace = with_backward(FORWARD, recomputed=recomputed)
     begun = [use.module for use in trace if use.begins]
-    back = [C, D, D, C, A, B, B, A] if recomputed else [D, C, B, A]
+    back = [D, C, D, C, B, A, B, A] if recomputed else [D, C, B, A]
     assert begun == [A, B, C, D, *back]
     # What is recomputed stops inside the last module, whose weights are then still needed.
     assert len([use for use in trace if not use.begins]) == len(begun) - (2 if recomputed else 0)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_each_chunk_of_an_mlp_is_made_again(recomputed: bool) -> None:
+    def of(module: str, *inside: Use) -> list[Use]:
+        return [Use(True, module, ()), *inside, Use(False, module, ())]
+
+    mlp = of("blocks.0.mlp", *of("blocks.0.mlp.up"), *of("blocks.0.mlp.down"))
+    forward = of("blocks.0", *of("blocks.0.norm"), *mlp, *mlp)
+    back = with_backward(forward, recomputed=recomputed)[len(forward) :]
+    begun = [use.module.removeprefix("blocks.0").removeprefix(".mlp") for use in back if use.begins]
+    chunk = ["", ".up", ".down"]
+    before = [".norm", *chunk] if recomputed else []  # the last chunk is not made twice again
+    assert begun == ["", "", ".down", *before, *chunk, ".up", "", ".down", *chunk, ".up", ".norm"]
