@@ -228,10 +228,14 @@ def test_a_run_that_diverged_or_has_one_step_is_drawn(tmp_path: Path) -> None:
 def test_thinning_keeps_ends_peaks_and_gaps() -> None:
     x = [float(i) for i in range(5000)]
     y = [math.sin(i / 300) for i in range(5000)]
-    y[1234], y[3456], y[4000] = 9.0, -9.0, math.nan
+    y[1234], y[3456], y[4010] = 9.0, -9.0, 8.0
+    y[1200], y[4000] = math.nan, math.inf  # beside peaks
+    y[2500:2700] = [math.nan] * 200
     kept = thin(x, y, 100)
     assert len(kept) <= 100 and kept[0] == (0.0, y[0]) and kept[-1] == (4999.0, y[-1])
-    assert (1234.0, 9.0) in kept and (3456.0, -9.0) in kept and any(math.isnan(value) for _, value in kept)
+    assert {(1234.0, 9.0), (3456.0, -9.0), (4010.0, 8.0)} <= set(kept)
+    gaps = [place for place, value in kept if not math.isfinite(value)]
+    assert gaps and all(2500 <= place < 2700 for place in gaps)
     assert [point[0] for point in kept] == sorted(point[0] for point in kept)
     assert thin(x[:50], y[:50], 100) == list(zip(x[:50], y[:50], strict=True))
 
@@ -244,12 +248,26 @@ def test_thinning_keeps_ends_peaks_and_gaps() -> None:
         ([1.0, 100.0], True, [1, 2, 5, 10, 20, 50, 100]),
         ([1e12, 1e18], True, [10.0**k for k in range(12, 19)]),
         ([3.5, 14.0], True, [4, 6, 8, 10, 12, 14]),
+        ([1.1e12, 1.9e12], True, [n * 1e11 for n in (12, 14, 16, 18)]),
+        ([-1e308, 1e308], False, [n * 5e279 for n in range(-2, 3)]),
     ],
 )
 def test_ticks_are_round_and_few(values: list[float], log: bool, wanted: list[float]) -> None:
     scale = Scale(values, (0.0, 100.0), log=log, margin=0.0)
     assert scale.ticks() == pytest.approx(wanted)
     assert scale(values[0]) == pytest.approx(0) and scale(values[-1]) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("x", [(3.2e12,), (1.1e12, 1.9e12), (1e308,), (1.0, 1e308), (5e-324,), (1.0, math.inf)])
+@pytest.mark.parametrize("y", [3.0, 1e308, -1e308, math.nan])
+def test_every_value_of_a_float_is_drawn(x: tuple[float, ...], y: float) -> None:
+    """However little of a decade the values span, and however far apart they are."""
+    for log_y in (False, None):
+        lines = [Line("a", x, [y] * len(x), "--c:red"), Line("b", x, [2.0, 1e308][: len(x)], "--c:red")]
+        drawn = line_chart("t", lines, x_label="x", log_x=True, log_y=log_y)
+        places = [float(value) for found in re.findall(r'c[xy]="([^"]*)"', drawn) for value in found.split()]
+        assert places and all(0 <= place <= 420 for place in places)
+        assert drawn.count('class="tick"') > 1 and drawn.count('class="grid"') > 1
 
 
 def test_values_alike_empty_and_not_positive_are_drawn(tmp_path: Path) -> None:
