@@ -101,6 +101,9 @@ class Scale:
         share = (self._of(value) - self.low) / (self.high - self.low)
         return self.places[0] + share * (self.places[1] - self.places[0])
 
+    def has(self, value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not self.log)
+
     def ticks(self, *, most: int = 6, whole: bool = False) -> list[float]:
         low, high = self.low, self.high
         if self.log:
