@@ -13,6 +13,7 @@ _RIGHT, _TOP, _BOTTOM = 12, 10, 38
 _LETTER = 7.2  # width of a digit of the axes, at most
 _MARKED = 40  # points: no more are drawn as dots too
 _LOG_SPAN = 4.0  # a scale that is to choose is logarithmic over more than this
+_MOST = 1e280  # what is farther from 0 stands there, so that no difference or margin of a scale overflows
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -94,11 +95,14 @@ class Scale:
         self.low, self.high = low, high
 
     def _of(self, value: float) -> float:
-        return math.log10(max(value, 1e-300)) if self.log else value
+        return math.log10(min(max(value, 1 / _MOST), _MOST)) if self.log else min(max(value, -_MOST), _MOST)
 
     def __call__(self, value: float) -> float:
         share = (self._of(value) - self.low) / (self.high - self.low)
         return self.places[0] + share * (self.places[1] - self.places[0])
+
+    def has(self, value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not self.log)
 
     def ticks(self, *, most: int = 6, whole: bool = False) -> list[float]:
         low, high = self.low, self.high
@@ -108,7 +112,7 @@ class Scale:
                 found = [m * 10.0**k for k in decades for m in steps if low <= math.log10(m * 10.0**k) <= high]
                 if len(found) <= most + 1:
                     break
-            found = found[:: -(-len(found) // (most + 1))]
+            found = found[:: max(1, -(-len(found) // (most + 1)))]
             if len(found) >= 4:
                 return found
             low, high = 10**low, 10**high  # too short for decades: as of a plain scale
@@ -155,7 +159,10 @@ def _line(line: Line, across: Scale, upward: Scale, most: int) -> list[str]:
         x, y = list(line.x), list(line.y)
     stretches: list[list[tuple[float, float]]] = [[]]
     for point in thin(x, y, most):
-        if math.isfinite(point[1]) and (point[1] > 0 or not upward.log) and (point[0] > 0 or not across.log):
+        if all(
+            math.isfinite(value) and (value > 0 or not scale.log)
+            for value, scale in zip(point, (across, upward), strict=True)
+        ):
             stretches[-1].append((across(point[0]), upward(point[1])))
         elif stretches[-1]:
             stretches.append([])
@@ -176,8 +183,8 @@ def _line(line: Line, across: Scale, upward: Scale, most: int) -> list[str]:
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int) -> list[tuple[float, float]]:
-    """No more than `most` points: the least and the largest of each stretch, in their order, and both ends. A stretch
-    with a value that is not finite keeps it, as a gap."""
+    """No more than `most` points: the least and the largest finite ones of each stretch, in their order, and both ends.
+    A gap stays where a stretch has none."""
     points = list(zip(x, y, strict=True))
     if len(points) <= most:
         return points
@@ -185,11 +192,8 @@ def thin(x: Sequence[float], y: Sequence[float], most: int) -> list[tuple[float,
     stretches = max(1, (most - 2) // 2)
     for number in range(stretches):
         part = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
-        gap = next((point for point in part if not math.isfinite(point[1])), None)
-        if gap is not None:
-            kept.append(gap)
-            continue
-        ends = {min(range(len(part)), key=lambda i: part[i][1]), max(range(len(part)), key=lambda i: part[i][1])}
+        finite = [i for i, (_, value) in enumerate(part) if math.isfinite(value)]
+        ends = {min(finite, key=lambda i: part[i][1]), max(finite, key=lambda i: part[i][1])} if finite else {0}
         kept += [part[i] for i in sorted(ends)]
     return [*kept, points[-1]]
 

@@ -21,31 +21,41 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """The page's path: `out`, else report.html in the run's or the sweep's folder, of several runs in this one.
 
-    Raises UserError where a folder has no training step, a file is malformed, or the page cannot be written.
+    Raises UserError where a folder has no training step, a file is malformed, or the page cannot be written. Of a sweep
+    a run whose files are malformed is left out, and named on the page.
     """
     folders = list(dict.fromkeys(folders))
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder: name the folder of a run or a sweep")
     sweeps = [folder for folder in folders if is_sweep(folder)]
     if sweeps and len(folders) > 1:
         raise UserError(f"{sweeps[0]} is a sweep, with its runs: name it alone")
     out = out or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}: make it, or name another file")
+    left_out: list[str] = []
     if sweeps:
         sweep = read_sweep(sweeps[0])
-        started = [folder for folder in sorted((sweep.folder / "runs").glob("*")) if _has_a_step(folder)]
-        runs = [read_run(folder, folder.name) for folder in started]
+        runs = []
+        for folder in sorted((sweep.folder / "runs").glob("*")):
+            try:
+                if _has_a_step(folder):
+                    runs.append(read_run(folder, folder.name))
+            except UserError as error:  # one of fifty is no reason to see none
+                left_out.append(f"{folder.name} is left out. {error}")
         title = f"Sweep {sweep.folder.resolve().name}"
     else:
         sweep = None
         runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    replace_file(out, render(title, runs, sweep))
+    replace_file(out, render(title, runs, sweep, left_out))
     return out
 
 
-def render(title: str, runs: Sequence[Run], sweep: Sweep | None = None) -> str:
-    """The page as text; the same for the same files."""
-    found = [sweep_sections.results(sweep), sweep_sections.fits(sweep)] if sweep is not None else []
+def render(title: str, runs: Sequence[Run], sweep: Sweep | None = None, left_out: Sequence[str] = ()) -> str:
+    """The page as text; the same for the same files. `left_out`: what is said of a sweep's runs that cannot be read."""
+    found = [sweep_sections.results(sweep, left_out), sweep_sections.fits(sweep)] if sweep is not None else []
     if runs:
         parts = (
             sections.summary,

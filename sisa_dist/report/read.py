@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sisa_dist.config import Run as ConfiguredRun
 from sisa_dist.config import UserError, load_run
 from sisa_dist.training.metrics_file import read_metrics
 
-Records = list[dict[str, Any]]
+_Picked = TypeVar("_Picked")
 _LAYERS = ("lambda", "half_life")  # of records of kind layers
 _SCORES = ("content_max", "importance_max", "moved")  # of kind scores
 
@@ -50,6 +50,7 @@ class ByLayer:
 class Positions:
     """Mean loss in stretches of the window: edges [n + 1], losses [n]."""
 
+    step: int  # that it is of
     source: str  # of a mixture
     edges: list[float]
     losses: list[float]
@@ -59,6 +60,7 @@ class Positions:
 class Grid:
     """Scores, 0 to 1, nan where there is none: a row for each depth, a column for each length."""
 
+    step: int  # that it is of
     title: str
     lengths: list[str]
     depths: list[str]
@@ -75,64 +77,91 @@ class Run:
     by_layer: dict[str, ByLayer]  # of _LAYERS, _SCORES, d_s and load, where the run has them
     positions: list[Positions]
     grids: list[Grid]
-    results: dict[str, float]  # of evaluation.json, by what it is
+    results: dict[str, float]  # of evaluation.json or a sweep's final.json, by what it is
+    results_step: int  # that they are of; the last where there are none
     config: dict[str, Any] = field(default_factory=dict)  # by dotted key; nothing where there is no config.yaml
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, advice: str = "remove it, or write it again") -> Iterator[None]:
     """What a malformed file raises, as one line that names it."""
     try:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{path}: does not hold what belongs there ({said}): remove it, or write it again") from None
+        raise UserError(f"{path}: does not hold what belongs there ({said}): {advice}") from None
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Raises UserError where there is no training step yet, or a file is malformed."""
-    with reading(folder / "metrics.jsonl"):
+    path = folder / "metrics.jsonl"
+    with reading(path, "see which of its lines is not as the others, and mend that one"):
         found = read_metrics(folder)
         train = found.get("train")
         if not train:
             raise UserError(f"{folder}: metrics.jsonl holds no training step yet: train it first")
+
+        def each(kind: str, pick: Callable[[dict[str, Any]], _Picked]) -> list[_Picked]:
+            """Of every record of the kind."""
+            picked = []
+            for record in found.get(kind, []):
+                with reading(path, f"mend its {kind} record of step {record['step']}, or take that line out"):
+                    picked.append(pick(record))
+            return picked
+
         steps = [int(record["step"]) for record in train]
-        tokens = [_number(record["tokens"]) for record in train]
-        keys = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
-        curves = {key: Curve(tokens, [_number(record[key]) for record in train]) for key in keys}
+        keys = ("tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes")
+        columns = list(zip(*each("train", lambda record: [_number(record[key]) for key in keys]), strict=True))
+        tokens = list(columns[0])
+        curves = {key: Curve(tokens, list(column)) for key, column in zip(keys[1:], columns[1:], strict=True)}
 
-        def place(records: Records) -> list[float]:
+        def place(kind: str) -> list[float]:
             """Such records know only their step."""
-            return [float(x) for x in np.interp([int(record["step"]) for record in records], steps, tokens)]
+            places = [int(record["step"]) for record in found.get(kind, [])]
+            return [float(x) for x in np.interp(places, steps, tokens)]
 
-        checked = found.get("evaluation", [])
-        validation = Curve(place(checked), [_number(record["validation_loss"]) for record in checked])
+        validation = Curve(place("evaluation"), each("evaluation", lambda record: _number(record["validation_loss"])))
         by_layer: dict[str, ByLayer] = {}
         for kind, names in (("layers", _LAYERS), ("scores", _SCORES)):
-            records = found.get(kind, [])
-            for key in names if records else ():
-                by_layer |= _by_layer(key, place(records), [record[key] for record in records])
-        by_layer |= _learned(found.get("d_s", []), place) | _experts(found.get("experts", []), place)
-        positions = _positions(found["positions"][-1]) if found.get("positions") else []
-        grids = _grids(found["retrieval"][-1]) if found.get("retrieval") else []
+            for key in names:
+                by_layer |= _by_layer(key, place(kind), each(kind, lambda record, key=key: _numbers(record[key])))  # type: ignore[misc]
+        if learned := each("d_s", lambda record: _numbers(record["d_s"])):
+            by_layer |= _learned(found["d_s"][0]["layers"], place("d_s"), learned)
+        if loads := each("experts", _loads):
+            by_layer |= _experts(found["experts"][0]["layers"], place("experts"), loads)
+        positions = (each("positions", _positions) or [[]])[-1]
+        grids = (each("retrieval", _grids) or [[]])[-1]
     results: dict[str, float] = {}
-    for path in (folder / "evaluation.json", folder / "final.json"):  # the second is a sweep's
-        if path.is_file():
-            with reading(path):
-                evaluated = read_json(path)
-                results = _results(evaluated)
-                if "positions" in evaluated:
-                    positions = _positions(evaluated["positions"])
-                grids = (_grids(evaluated["retrieval"]) if "retrieval" in evaluated else grids) + _niah(evaluated)
-            break
+    evaluated = _evaluated(folder)
+    if evaluated is not None:
+        path, at, tree = evaluated
+        with reading(path):
+            results = _results(tree)
+            if "positions" in tree and all(at >= table.step for table in positions):
+                positions = _positions(tree["positions"] | {"step": at})
+            if "retrieval" in tree and all(at >= grid.step for grid in grids):
+                grids = _grids(tree["retrieval"] | {"step": at})
+            grids = grids + _niah(tree)
     config: dict[str, Any] = {}
     if (folder / "config.yaml").is_file():
         configured = load_run(folder / "config.yaml")
         config = _dotted(configured)
         by_layer = _configured_d_s(configured, tokens) | by_layer
-    return Run(name, folder, steps, curves, validation, by_layer, positions, grids, results, config)
+    results_step = evaluated[1] if evaluated is not None else steps[-1]
+    return Run(name, folder, steps, curves, validation, by_layer, positions, grids, results, results_step, config)
+
+
+def _evaluated(folder: Path) -> tuple[Path, int, dict[str, Any]] | None:
+    """The newest evaluation that was asked for: path, step, what it holds. The second file is a sweep's."""
+    found = []
+    for path in (folder / "evaluation.json", folder / "final.json"):
+        if path.is_file():
+            with reading(path):
+                tree = read_json(path)
+                found.append((path, int(tree["step"]), tree))
+    return max(found, key=lambda each: each[1], default=None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,41 +182,47 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [_number(value) for value in values]
+
+
 def _last(values: Sequence[float]) -> float:
     return next((value for value in reversed(values) if not math.isnan(value)), math.nan)
 
 
-def _by_layer(key: str, x: list[float], rows: Sequence[Sequence[Any]]) -> dict[str, ByLayer]:
-    """`rows`: a record's values, one a layer. A layer of another kind has None everywhere."""
-    columns = [[_number(value) for value in column] for column in zip(*rows, strict=True)]
+def _by_layer(key: str, x: list[float], rows: Sequence[Sequence[float]]) -> dict[str, ByLayer]:
+    """`rows`: a record's values, one a layer. A layer of another kind has none in any."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
     have = [layer for layer, column in enumerate(columns) if not all(map(math.isnan, column))]
     return {key: ByLayer(have, [Curve(x, columns[layer]) for layer in have])} if have else {}
 
 
-def _learned(records: Records, place: Any) -> dict[str, ByLayer]:
-    if not records:
-        return {}
-    x, layers = place(records), [int(layer) for layer in records[0]["layers"]]
-    columns = zip(*(record["d_s"] for record in records), strict=True)
-    return {
-        "d_s": ByLayer(
-            layers, [Curve(x, [_number(v) for v in column]) for _, column in zip(layers, columns, strict=True)]
-        )
-    }
+def _learned(layers: Sequence[Any], x: list[float], rows: Sequence[Sequence[float]]) -> dict[str, ByLayer]:
+    columns = zip(layers, zip(*rows, strict=True), strict=True)
+    found = {int(layer): Curve(x, list(column)) for layer, column in columns}
+    return {"d_s": ByLayer(list(found), list(found.values()))} if found else {}
 
 
-def _experts(records: Records, place: Any) -> dict[str, ByLayer]:
+def _loads(record: Mapping[str, Any]) -> list[tuple[float, float]]:
     """The busiest and the idlest expert of each layer, as multiples of a fair share."""
-    if not records:
-        return {}
-    x, layers, found = place(records), [int(layer) for layer in records[0]["layers"]], {}
-    for key, pick in (("load_max", max), ("load_min", min)):
-        curves = []
-        for row in range(len(layers)):
-            counts = [[_number(n) for n in record["counts"][row]] for record in records]
-            curves.append(Curve(x, [pick(each) * len(each) / sum(each) if sum(each) else math.nan for each in counts]))
-        found[key] = ByLayer(layers, curves)
+    found = []
+    for counts in record["counts"]:
+        each = _numbers(counts)
+        fair = sum(each) / len(each)
+        found.append((max(each) / fair, min(each) / fair) if fair else (math.nan, math.nan))
     return found
+
+
+def _experts(
+    layers: Sequence[Any], x: list[float], rows: Sequence[Sequence[tuple[float, float]]]
+) -> dict[str, ByLayer]:
+    columns = list(zip(layers, zip(*rows, strict=True), strict=True))
+    names = [int(layer) for layer, _ in columns]
+    found = {
+        key: ByLayer(names, [Curve(x, [pair[which] for pair in column]) for _, column in columns])
+        for which, key in enumerate(("load_max", "load_min"))
+    }
+    return found if names else {}
 
 
 def _configured_d_s(run: ConfiguredRun, tokens: list[float]) -> dict[str, ByLayer]:
@@ -198,15 +233,13 @@ def _configured_d_s(run: ConfiguredRun, tokens: list[float]) -> dict[str, ByLaye
 
 
 def _positions(found: Mapping[str, Any]) -> list[Positions]:
-    tables = found.get("sources", {"": found})
-    return [
-        Positions(
-            str(source),
-            [_number(edge) for edge in [*table["from"], table["seq_len"]]],
-            [_number(loss) for loss in table["loss_by_position"]],
-        )
-        for source, table in tables.items()
-    ]
+    tables = []
+    for source, table in found.get("sources", {"": found}).items():
+        edges, losses = _numbers([*table["from"], table["seq_len"]]), _numbers(table["loss_by_position"])
+        if len(edges) != len(losses) + 1:
+            raise ValueError(f"{len(losses)} losses of {len(edges) - 1} stretches of the window")
+        tables.append(Positions(int(found["step"]), str(source), edges, losses))
+    return tables
 
 
 def _grids(found: Mapping[str, Any]) -> list[Grid]:
@@ -218,8 +251,8 @@ def _grids(found: Mapping[str, Any]) -> list[Grid]:
         rows = [list(row) for row in zip(*task["score"], strict=True)] if by_depth else [task["score_by_length"]]
         if len(rows) != (len(depths) if by_depth else 1) or any(len(row) != len(lengths) for row in rows):
             raise ValueError(f"{name}: scores are not of {len(lengths)} lengths and {len(depths)} depths")
-        numbers = [[_number(score) for score in row] for row in rows]
-        grids.append(Grid(title, lengths, depths if by_depth else ["all"], numbers))
+        shown = depths if by_depth else ["all"]
+        grids.append(Grid(int(found["step"]), title, lengths, shown, [_numbers(row) for row in rows]))
     return grids
 
 
@@ -229,7 +262,7 @@ def _niah(evaluated: Mapping[str, Any]) -> list[Grid]:
     found = evaluated["niah"]
     rows = [[_number(value)] for value in found["accuracy_by_depth"]]
     depths = [f"{(row + 0.5) / len(rows):g}" for row in range(len(rows))]
-    return [Grid("needle of the SISA paper", [str(found["context"])], depths, rows)]
+    return [Grid(int(evaluated["step"]), "needle of the SISA paper", [str(found["context"])], depths, rows)]
 
 
 def _results(evaluated: Mapping[str, Any]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from statistics import median
 
 import numpy as np
@@ -44,13 +45,18 @@ def summary(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         last = run.train["loss"].y[-1]
+        if math.isfinite(last):  # one batch alone says little
+            last = smooth(run.train["loss"]).y[-1]
         checked = run.validation.y[-1] if run.validation.y else math.nan
         row = [run.name, str(run.steps[-1]), tidy(run.train["loss"].x[-1]), _digits(last), _digits(checked)]
-        row += [_digits(run.results.get(name, math.nan)) for name in results]
+        row += [_result(name, run.results.get(name, math.nan)) for name in results]
         speed, mfu = _median(run.train["tokens_per_second"]), _median(run.train["mfu"])
         row += [tidy(speed) if math.isfinite(speed) else "", f"{100 * mfu:.1f}%" if math.isfinite(mfu) else ""]
         rows.append([*row, gigabytes(max(run.train["memory_bytes"].y))])
-    return section("summary", "Runs", table(header, rows), legend_of_runs(runs) if len(runs) > 1 else "")
+    older = _older({run.name: {run.results_step} for run in runs}, runs)
+    note = f'<p class="soft">The training loss is smoothed, as its curve is.{escape(older)}</p>'
+    key = legend_of_runs(runs) if len(runs) > 1 else ""
+    return section("summary", "Runs", table(header, rows), note, key)
 
 
 def curves(runs: Sequence[Run]) -> str:
@@ -119,13 +125,14 @@ def layers(runs: Sequence[Run]) -> str:
         found.append(folded(f"{run.name}: each layer over training", drawn, is_open=len(runs) <= _UNFOLDED))
     note = (
         '<p class="soft">The newest values, over layers; below them each layer over training. The score’s terms and '
-        "the share of mass are of a few queries, drawn anew at each evaluation.</p>"
+        "the share of mass are of a few queries of the first held-out window (of a mixture: of its first source’s), "
+        "drawn anew at each evaluation.</p>"
     )
     return section("layers", "Layers", note, ends, *found)
 
 
 def _over_training(title: str, found: ByLayer | None, key: str) -> str:
-    if found is None or (key == "d_s" and all(len(set(curve.y)) == 1 for curve in found.curves)):
+    if found is None or not found.layers or (key == "d_s" and all(len(set(curve.y)) == 1 for curve in found.curves)):
         return ""  # a d_s that is not learned stands still
     depth = max(found.layers) + 1
     lines = [
@@ -163,7 +170,9 @@ def positions(runs: Sequence[Run]) -> str:
         for table in run.positions
     ]
     chart = line_chart("Held-out loss (nats per token)", lines, x_label="position in the window")
-    return section("positions", "Loss by position", charts(chart))
+    older = _older({run.name: {table.step for table in run.positions} for run in runs}, runs)
+    note = f'<p class="soft">{escape(older)}</p>' if chart and older else ""
+    return section("positions", "Loss by position", charts(chart), note)
 
 
 def retrieval(runs: Sequence[Run]) -> str:
@@ -171,7 +180,9 @@ def retrieval(runs: Sequence[Run]) -> str:
     for run in runs:
         maps = charts(*(heat_map(grid.title, grid.lengths, grid.depths, grid.rows) for grid in run.grids))
         found.append(folded(f"{run.name}: retrieval", maps, is_open=len(runs) <= _UNFOLDED))
-    return section("retrieval", "Retrieval (answers found, %)", *found)
+    older = _older({run.name: {grid.step for grid in run.grids} for run in runs}, runs)
+    note = f'<p class="soft">{escape(older)}</p>' if older else ""
+    return section("retrieval", "Retrieval (answers found, %)", *found, note)
 
 
 def differences(runs: Sequence[Run]) -> str:
@@ -206,6 +217,19 @@ def smooth(curve: Curve) -> Curve:
     found = counts[stop] - counts[start]
     means = np.where(found > 0, (sums[stop] - sums[start]) / np.maximum(found, 1), np.nan)
     return Curve(curve.x, means.tolist())
+
+
+def _older(steps: Mapping[str, set[int]], runs: Sequence[Run]) -> str:
+    """Says of what a run was evaluated at, where that is not its last step."""
+    found = ""
+    for run in runs:
+        for step in sorted(steps[run.name] - {run.steps[-1]}):
+            found += f" {run.name}: evaluated at step {step} of {run.steps[-1]}."
+    return found
+
+
+def _result(name: str, value: float) -> str:
+    return f"{value:.0f}" if name == "effective length" and math.isfinite(value) else _digits(value)
 
 
 def gigabytes(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 
 from sisa_dist.report.chart import Line, line_chart
@@ -13,7 +14,7 @@ _FLOPS = "training FLOPs"
 _SHORT = 16  # rows: a longer table is folded
 
 
-def results(sweep: Sweep) -> str:
+def results(sweep: Sweep, left_out: Sequence[str]) -> str:
     groups = list(dict.fromkeys(sweep.groups.values()))
     styles = {group: style_of(i) for i, group in enumerate(groups)}
     curves = [
@@ -40,6 +41,7 @@ def results(sweep: Sweep) -> str:
         states = [row[status] for row in sweep.rows]
         said += ": " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     note = f'<p class="soft">{escape(said)}. Colours of this section are of mixers, those of the others of runs.</p>'
+    note += "".join(f'<p class="soft">{escape(said)}</p>' for said in left_out)
     return section("sweep", "Sweep", note, key, charts(while_training, at_the_end, large=True), shown)
 
 

@@ -74,6 +74,7 @@ def make_run(folder: Path, *overrides: str, steps: int = 100, extras: bool = Tru
     (folder / "metrics.jsonl").write_text(lines + '{"kind": "tra', encoding="utf-8")  # a run that goes on
     if extras:
         found = {
+            "step": steps,
             "perplexity": {"loss": 3.111, "perplexity": 22.4},
             "niah": {"accuracy": 0.5, "accuracy_by_depth": [0.5, None], "context": 256},
             "positions": POSITIONS,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_runs import make_fit, make_run, make_sweep
+from report_runs import POSITIONS, RETRIEVAL, make_fit, make_run, make_sweep
 
 from sisa_dist.cli import main
 from sisa_dist.config import UserError
-from sisa_dist.report.chart import Line, Scale, heat_map, labels, line_chart, thin, tidy
 from sisa_dist.report.page import write_report
 from sisa_dist.report.read import read_run
 
@@ -59,7 +57,7 @@ def test_the_page_of_one_run_has_all_that_it_has(tmp_path: Path) -> None:
     page = Page(run / "report.html")
     parts = ["summary", "curves", "speed", "layers", "experts", "positions", "retrieval"]
     assert list(page.sections) == parts  # of one run no key differs
-    for said in ("3.0300", "3.1100", "3.1110", "8k", "31.0%", "1.00 GiB", "409.6k"):
+    for said in ("3.0303", "3.1100", "3.1110", "8k", "31.0%", "1.00 GiB", "409.6k"):
         assert said in page.sections["summary"], said
     layers = page.sections["layers"]
     for said in ("λ", "Half-life", "Attention mass", "|q·k/√d|", "|importance term|", "d_s"):
@@ -148,15 +146,20 @@ def test_no_text_of_a_file_is_markup(tmp_path: Path) -> None:
     [
         ("evaluation.json", "not JSON"),
         ("evaluation.json", "[]"),
-        ("evaluation.json", '{"perplexity": {"loss": "low"}}'),
-        ("evaluation.json", '{"perplexity": 3}'),
-        ("evaluation.json", '{"niah": {"accuracy": 1.0}}'),
-        ("evaluation.json", '{"retrieval": {"lengths": [1], "depths": [0], "tasks": {"a": {"score": [[1, 2]]}}}}'),
-        ("evaluation.json", '{"retrieval": []}'),
-        ("evaluation.json", '{"positions": {"from": [0], "seq_len": 4, "loss_by_position": [[]]}}'),
+        ("evaluation.json", '{"step": 100, "perplexity": {"loss": "low"}}'),
+        ("evaluation.json", '{"step": 100, "perplexity": 3}'),
+        ("evaluation.json", '{"step": 100, "niah": {"accuracy": 1.0}}'),
+        (
+            "evaluation.json",
+            '{"step": 100, "retrieval": {"lengths": [1], "depths": [0], "tasks": {"a": {"score": [[1, 2]]}}}}',
+        ),
+        ("evaluation.json", '{"step": 100, "retrieval": []}'),
+        ("evaluation.json", '{"step": 100, "positions": {"from": [0], "seq_len": 4, "loss_by_position": [[]]}}'),
+        ("evaluation.json", '{"step": 100, "positions": {"from": [0, 2], "seq_len": 4, "loss_by_position": [3.0]}}'),
+        ("evaluation.json", '{"step": 100, "positions": []}'),
+        ("evaluation.json", '{"perplexity": {"loss": 3.0}}'),
+        ("final.json", '{"step": null}'),
         ("evaluation.json", "\\xff"),
-        ("metrics.jsonl", '{"kind": "train", "step": 1}\n'),
-        ("metrics.jsonl", '{"kind": "train", "step": 1, "tokens": "many"}\n'),
         ("metrics.jsonl", '[1]\n{"kind": "train", "step": 1}\n'),
         ("config.yaml", "model: 3\n"),
     ],
@@ -168,6 +171,82 @@ def test_a_malformed_file_is_one_line_that_names_it(tmp_path: Path, file: str, c
         write_report([run])
     assert str(run / file) in str(caught.value) and "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '"train"',
+        '"train", "tokens": "many"',
+        '"evaluation", "validation_loss": true',
+        '"layers", "lambda": [0.1, "x"], "half_life": []',
+        '"scores", "content_max": 3',
+        '"d_s", "layers": [0], "d_s": ["x"]',
+        '"experts", "layers": [1], "counts": [[]]',
+        '"experts", "layers": [1], "counts": 4',
+        '"positions", "from": [0, 2], "seq_len": 4, "loss_by_position": [3.0]',
+        '"positions", "sources": []',
+        '"retrieval", "lengths": [1]',
+    ],
+)
+def test_of_the_record_of_a_run_one_line_is_to_be_mended_and_nothing_removed(tmp_path: Path, record: str) -> None:
+    run = make_run(tmp_path / "grid/runs/bad", steps=20)
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+    (run / "metrics.jsonl").write_text(f'{text}\n{{"step": 21, "kind": {record}}}\n', encoding="utf-8")
+    kind = record.split('"')[1]
+    with pytest.raises(UserError, match=rf"mend its {kind} record of step 21, or take that line out$") as caught:
+        write_report([run])
+    assert str(run / "metrics.jsonl") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_records_of_no_layer_are_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=20, extras=False)
+    found = '{"kind": "experts", "step": 20, "layers": [], "counts": []}\n'
+    found += '{"kind": "d_s", "step": 20, "layers": [], "d_s": []}\n'
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+    (run / "metrics.jsonl").write_text(f"{text}\n{found}", encoding="utf-8")
+    (run / "config.yaml").unlink()
+    page = Page(write_report([run]))
+    assert list(page.sections) == ["summary", "curves", "speed", "layers"] and "d_s" not in page.sections["layers"]
+
+
+def test_the_newest_evaluation_counts_and_an_older_step_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    old = json.loads((run / "evaluation.json").read_text(encoding="utf-8")) | {"step": 60}
+    old["perplexity"] = {"loss": 7.5}
+    old["positions"] = POSITIONS | {"loss_by_position": [7.25, 7.25]}
+    old["retrieval"] = json.loads(json.dumps(RETRIEVAL).replace("256", "32"))
+    (run / "evaluation.json").write_text(json.dumps(old), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "7.5000" in page.sections["summary"] and "run: evaluated at step 60 of 100" in page.sections["summary"]
+    assert "3.5" in page.sections["positions"] and "7.25" not in page.sections["positions"]  # of training, at its end
+    assert "evaluated at" not in page.sections["positions"] and "niah: effective length 256" in page.captions
+    (run / "final.json").write_text(json.dumps({"step": 90, "perplexity": {"loss": 6.5}}), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "6.5000" in page.sections["summary"] and "run: evaluated at step 90 of 100" in page.sections["summary"]
+    new = old | {"step": 100, "retrieval": old["retrieval"] | {"effective_length": 1048576}}
+    (run / "evaluation.json").write_text(json.dumps(new), encoding="utf-8")
+    page = Page(write_report([run]))
+    assert "7.5000" in page.sections["summary"] and "1048576" in page.sections["summary"]
+    assert "7.25" in page.sections["positions"] and "niah: effective length 32" in page.captions
+    assert "evaluated at" not in " ".join(page.sections.values())
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+    train = next(line for line in text.splitlines() if '"step": 100' in line).replace('"step": 100', '"step": 130')
+    (run / "metrics.jsonl").write_text(f"{text}\n{train}\n", encoding="utf-8")
+    page = Page(write_report([run]))
+    for name in ("summary", "positions", "retrieval"):
+        assert "run: evaluated at step 100 of 130" in page.sections[name]
+
+
+def test_a_run_of_a_sweep_that_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "grid")
+    (sweep / "runs/size1_attention/metrics.jsonl").write_text('{"kind": "train", "step": 1}\n', encoding="utf-8")
+    (sweep / "runs/size2_sisa/metrics.jsonl").write_text("?\n?\n", encoding="utf-8")
+    page = Page(write_report([sweep]))
+    for name in ("size1_attention", "size2_sisa"):
+        assert f"{name} is left out. {sweep}/runs/{name}/metrics.jsonl" in page.sections["sweep"]
+        assert name not in page.sections["summary"]
+    assert "size3_sisa" in page.sections["summary"] and "4 runs: 2 finished" in page.sections["sweep"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +276,8 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty/metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no training step yet: train it first"):
         write_report([tmp_path / "empty"])
+    with pytest.raises(UserError, match="typo: no such folder: name the folder of a run or a sweep"):
+        write_report([tmp_path / "typo"])
     run, sweep = make_run(tmp_path / "run"), make_sweep(tmp_path / "grid", runs=1)
     with pytest.raises(UserError, match="is a sweep, with its runs: name it alone"):
         write_report([run, sweep])
@@ -223,48 +304,6 @@ def test_a_run_that_diverged_or_has_one_step_is_drawn(tmp_path: Path) -> None:
     assert "nan" not in page.sections["curves"].lower()
     (run / "metrics.jsonl").write_text("\n".join(again) + "\n", encoding="utf-8")
     Page(write_report([run]))
-
-
-def test_thinning_keeps_ends_peaks_and_gaps() -> None:
-    x = [float(i) for i in range(5000)]
-    y = [math.sin(i / 300) for i in range(5000)]
-    y[1234], y[3456], y[4000] = 9.0, -9.0, math.nan
-    kept = thin(x, y, 100)
-    assert len(kept) <= 100 and kept[0] == (0.0, y[0]) and kept[-1] == (4999.0, y[-1])
-    assert (1234.0, 9.0) in kept and (3456.0, -9.0) in kept and any(math.isnan(value) for _, value in kept)
-    assert [point[0] for point in kept] == sorted(point[0] for point in kept)
-    assert thin(x[:50], y[:50], 100) == list(zip(x[:50], y[:50], strict=True))
-
-
-@pytest.mark.parametrize(
-    ("values", "log", "wanted"),
-    [
-        ([0.0, 10.0], False, [0, 2, 4, 6, 8, 10]),
-        ([3.1, 3.4], False, [3.1, 3.15, 3.2, 3.25, 3.3, 3.35, 3.4]),
-        ([1.0, 100.0], True, [1, 2, 5, 10, 20, 50, 100]),
-        ([1e12, 1e18], True, [10.0**k for k in range(12, 19)]),
-        ([3.5, 14.0], True, [4, 6, 8, 10, 12, 14]),
-    ],
-)
-def test_ticks_are_round_and_few(values: list[float], log: bool, wanted: list[float]) -> None:
-    scale = Scale(values, (0.0, 100.0), log=log, margin=0.0)
-    assert scale.ticks() == pytest.approx(wanted)
-    assert scale(values[0]) == pytest.approx(0) and scale(values[-1]) == pytest.approx(100)
-
-
-def test_values_alike_empty_and_not_positive_are_drawn(tmp_path: Path) -> None:
-    def line(*y: float) -> Line:
-        return Line("a", [float(i + 1) for i in range(len(y))], y, "--c:red")
-
-    assert line_chart("t", [line(math.nan)], x_label="x") == "" and line_chart("t", [], x_label="x") == ""
-    for y in ((2.0, 2.0), (0.0, 0.0), (-1.0, 5.0), (1.0,), (1e-30, 1e-30)):
-        for log_y in (False, None):
-            assert "nan" not in line_chart("t", [line(*y)], x_label="x", log_y=log_y)
-    assert line_chart("t", [line(1.0, math.nan, 2.0, 3.0)], x_label="x").count("<polyline") == 1
-    assert heat_map("t", ["1"], ["a"], [[math.nan]]).count("<rect") == 0
-    assert labels([0.31345, 0.3135, 0.31355]) == ["0.31345", "0.3135", "0.31355"] and labels([5.0]) == ["5"]
-    assert labels([0.0, 0.5, 1.0, 1.5]) == ["0", "0.5", "1", "1.5"]
-    assert [tidy(v) for v in (0.0, 1e-5, 0.25, 950.0, 1500.0, 2.5e6)] == ["0", "1e-05", "0.25", "950", "1.5k", "2.5M"]
 
 
 def test_a_run_of_stages_names_them_in_its_keys(tmp_path: Path) -> None:
