@@ -15,9 +15,9 @@ import numpy as np
 from fit_isoflop import describe_line
 from fit_optimise import Array
 from fit_table import Points, clusters
-from plot_run import _smooth
 
 from sisa_dist.config import UserError
+from sisa_dist.training.metrics_file import smooth
 
 PLACES = 1500  # FLOPs looked at, evenly in their logarithm: as many as there
 
@@ -73,7 +73,7 @@ def _table(curves: list[Array]) -> tuple[Array, Array]:
     loss = np.full((len(curves), PLACES), np.inf)
     for row, curve in enumerate(curves):
         have = (places >= ends[row, 0]) & (places <= ends[row, 1])
-        loss[row, have] = np.interp(places[have], np.log(curve[:, 0]), _smooth(curve[:, 1]))
+        loss[row, have] = np.interp(places[have], np.log(curve[:, 0]), smooth(curve[:, 1]))
     return places, loss
 
 

@@ -23,7 +23,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sisa_dist.config import UserError
-from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.metrics_file import read_metrics, smooth
 
 Run = dict[str, list[dict[str, Any]]]  # what read_metrics returns
 
@@ -101,7 +101,7 @@ def _plot_loss(axis: Axes, runs: dict[str, Run], x: str) -> None:
     for colour, (name, run) in _coloured(runs):
         place, values = _column(run["train"], x), _column(run["train"], "loss")
         axis.plot(place, values, color=colour, alpha=0.25, linewidth=0.7)
-        axis.plot(place, _smooth(values), color=colour, linewidth=1.8, label=f"{name}: training")
+        axis.plot(place, smooth(values), color=colour, linewidth=1.8, label=f"{name}: training")
         if run.get("evaluation"):
             held_out = _column(run["evaluation"], "validation_loss")
             at = _place(run, run["evaluation"], x)
@@ -122,7 +122,7 @@ def _plot_small(part: SubFigure, runs: dict[str, Run], x: str) -> None:
                 axis.plot(place, values, color=colour, linewidth=1.4)
             else:
                 axis.plot(place, values, color=colour, alpha=0.3, linewidth=0.7)
-                axis.plot(place, _smooth(values), color=colour, linewidth=1.4)
+                axis.plot(place, smooth(values), color=colour, linewidth=1.4)
         axis.set_title(title)
         _horizontal(axis, x)
         if key == "grad_norm":
@@ -240,21 +240,6 @@ def _place(run: Run, records: list[dict[str, Any]], x: str) -> np.ndarray:
 
 def _column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([np.nan if record[key] is None else record[key] for record in records], dtype=np.float64)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over up to a twenty-fifth of the run, half of it to each side, so that the curve does not lag.
-
-    Narrower at the start, where the loss falls steeply. Values that are not finite (a step that diverged) are left out.
-    """
-    place = np.arange(len(values))
-    half = np.minimum(place // 4, len(values) // 50)
-    start, stop = place - half, np.minimum(place + half + 1, len(values))
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    found = counts[stop] - counts[start]
-    return np.where(found > 0, (sums[stop] - sums[start]) / np.maximum(found, 1), np.nan)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from statistics import median
 
@@ -23,6 +23,7 @@ from sisa_dist.report.parts import (
     table,
 )
 from sisa_dist.report.read import ByLayer, Curve, Run
+from sisa_dist.training.metrics_file import smooth
 
 _TOKENS = "training tokens"
 _RAW = 4  # runs: with more, only smoothed curves
@@ -46,7 +47,7 @@ def summary(runs: Sequence[Run]) -> str:
     for run in runs:
         last = run.train["loss"].y[-1]
         if math.isfinite(last):  # one batch alone says little
-            last = smooth(run.train["loss"]).y[-1]
+            last = smoothed(run.train["loss"]).y[-1]
         checked = run.validation.y[-1] if run.validation.y else math.nan
         row = [run.name, str(run.steps[-1]), tidy(run.train["loss"].x[-1]), _digits(last), _digits(checked)]
         row += [_result(name, run.results.get(name, math.nan)) for name in results]
@@ -65,7 +66,7 @@ def curves(runs: Sequence[Run]) -> str:
         raw = run.train["loss"]
         if len(runs) <= _RAW:
             loss.append(Line(f"{run.name}, each step", raw.x, raw.y, style_of(number), faint=True, dots=False))
-        loss.append(Line(run.name, raw.x, smooth(raw).y, style_of(number)))
+        loss.append(Line(run.name, raw.x, smoothed(raw).y, style_of(number)))
     common = {"x_label": _TOKENS, "most_points": most}
     return section(
         "curves",
@@ -76,7 +77,7 @@ def curves(runs: Sequence[Run]) -> str:
             line_chart("Learning rate", lines_of(runs, lambda run: run.train["lr"]), from_zero=True, **common),  # type: ignore[arg-type]
             line_chart(
                 "Gradient norm before clipping",
-                lines_of(runs, lambda run: smooth(run.train["grad_norm"])),
+                lines_of(runs, lambda run: smoothed(run.train["grad_norm"])),
                 log_y=None,
                 **common,  # type: ignore[arg-type]
             ),
@@ -89,7 +90,7 @@ def speed(runs: Sequence[Run]) -> str:
     common = {"x_label": _TOKENS, "most_points": budget(runs, most=300), "from_zero": True}
 
     def of(key: str, factor: float = 1.0) -> list[Line]:
-        lines = lines_of(runs, lambda run: smooth(run.train[key]))
+        lines = lines_of(runs, lambda run: smoothed(run.train[key]))
         return [Line(line.name, line.x, [factor * y for y in line.y], line.style) for line in lines]
 
     return section(
@@ -204,19 +205,8 @@ def differences(runs: Sequence[Run]) -> str:
     return section("config", "Config keys that differ", shown)
 
 
-def smooth(curve: Curve) -> Curve:
-    """Mean over up to a twenty-fifth of the run, half of it to each side; narrower at the start, where the loss falls
-    steeply. Values that are not finite are left out."""
-    values = np.array(curve.y)
-    place = np.arange(len(values))
-    half = np.minimum(place // 4, len(values) // 50)
-    start, stop = place - half, np.minimum(place + half + 1, len(values))
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    found = counts[stop] - counts[start]
-    means = np.where(found > 0, (sums[stop] - sums[start]) / np.maximum(found, 1), np.nan)
-    return Curve(curve.x, means.tolist())
+def smoothed(curve: Curve) -> Curve:
+    return Curve(curve.x, smooth(np.array(curve.y)).tolist())
 
 
 def _older(steps: Mapping[str, set[int]], runs: Sequence[Run]) -> str:

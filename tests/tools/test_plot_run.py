@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sisa_dist.training.metrics_file import smooth
+
 _PATH = Path(__file__).parents[2] / "tools/plot_run.py"
 _SPEC = importlib.util.spec_from_file_location("plot_run_under_test", _PATH)
 assert _SPEC is not None and _SPEC.loader is not None
@@ -131,11 +133,11 @@ def test_nothing_to_draw_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.C
 def test_smoothing_follows_without_lag() -> None:
     line = np.arange(200.0)
     inner = slice(20, -20)
-    np.testing.assert_allclose(plot_run._smooth(line)[inner], line[inner])  # a trailing mean would stand below it
-    np.testing.assert_allclose(plot_run._smooth(np.full(7, 2.0)), 2.0)
+    np.testing.assert_allclose(smooth(line)[inner], line[inner])  # a trailing mean would stand below it
+    np.testing.assert_allclose(smooth(np.full(7, 2.0)), 2.0)
     noisy = np.where(np.arange(400) % 2, 1.0, -1.0)
-    assert np.abs(plot_run._smooth(noisy)[40:-40]).max() < 0.1
-    gap = plot_run._smooth(np.array([1.0] * 50 + [math.nan] + [1.0] * 49))
+    assert np.abs(smooth(noisy)[40:-40]).max() < 0.1
+    gap = smooth(np.array([1.0] * 50 + [math.nan] + [1.0] * 49))
     np.testing.assert_allclose(gap, 1.0)
 
 
