@@ -22,7 +22,7 @@ from sisa_dist.training.outlook import Outlook, layers_rehearsed, outlook, quick
 
 _LONG = 16384  # tokens of a window from which it is cut
 _ENOUGH = 8  # layouts that fit
-_AT_MOST, _LAYERS = 40, 130  # estimates, and layers that they rehearse together: what takes the time
+_AT_MOST, _LAYERS = 40, 60  # estimates, and layers that they rehearse together: what takes the time
 _SURE = 0.97  # of the memory: what few layers tell is nearer than this to the whole
 
 

@@ -20,7 +20,7 @@ from sisa_dist.training.changes import arguments, differences
 from sisa_dist.training.devices import DEVICES, Device
 from sisa_dist.training.estimate import estimate
 from sisa_dist.training.first_look import FirstLook
-from sisa_dist.training.outlook import Outlook, outlook
+from sisa_dist.training.outlook import Outlook, outlook_of
 from sisa_dist.training.roofline import of_times
 from sisa_dist.training.search import Search, describe_layout, search_layouts
 
@@ -144,11 +144,11 @@ def test_what_the_rules_refuse_is_counted() -> None:
 
 
 def _looked_at(overrides: list[str]) -> tuple[float, float, int, int]:
-    config = load_config(QUICKSTART, ["model.n_layers=6", "training.global_batch_tokens=8192", *overrides])
+    config = load_config(QUICKSTART, ["model.n_layers=4", "training.global_batch_tokens=8192", *overrides])
     glance, h100 = FirstLook(DEVICES["h100"], world_size=2), DEVICES["h100"]
     found = estimate(config, world_size=2)
     assert found.work and found.traffic and not any(work.operator.startswith("prim") for work in found.work)
-    assert outlook(config, h100, world_size=2).peak == found.peak
+    assert outlook_of(config, found, h100).peak == found.peak
     return glance(config)[0], glance.states(config), found.peak, found.states
 
 
