@@ -52,7 +52,12 @@ EXACT["cp2_tp2"] = LAYOUTS["cp2_tp2"]
 EXACT["ep2_dp4"] = 4, {"dp": 4, "ep": 2}  # three experts over two ranks
 
 
-@pytest.mark.parametrize("layout", EXACT)
+HEAVY = ("dp2", "tp2", "tp2_dp2_sp", "ep2")  # what others of them have too
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in EXACT]
+)
 def test_states_are_exact_to_the_byte(layout: str) -> None:
     world_size, parallel = EXACT[layout]
     config = _tiny(parallel)
@@ -70,10 +75,10 @@ STAGES = [
     (0, "dp2"),
     (1, "dp2"),
     (2, "dp2"),
-    (3, "dp2"),
+    pytest.param(3, "dp2", marks=pytest.mark.slow),
     (3, "tp2_dp2_sp"),
     (2, "cp2_tp2"),
-    (1, "ep2_dp4"),
+    pytest.param(1, "ep2_dp4", marks=pytest.mark.slow),
     (2, "ep2_dp4"),
 ]
 
@@ -233,9 +238,9 @@ def test_numbers_and_refusals() -> None:
 def test_the_command_prints_a_table_and_json() -> None:
     command = [sys.executable, "-m", "sisa_dist.cli", "estimate", str(QUICKSTART), "--world", "2"]
     command += [part for override in SMALL for part in ("--set", override)]
-    table = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    table = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert table.returncode == 0, table.stderr
-    told = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    told = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
     found = json.loads(told.stdout)
     assert f"{found['parameters']:,} parameters" in table.stdout
     assert found["mesh"] == {"dp_replicate": 1, "tp": 1, "dp_shard": 2}
@@ -246,5 +251,3 @@ def test_the_command_prints_a_table_and_json() -> None:
     assert found["work"].keys() == {"forward", "backward", "optimizer"}
     products = sum(phase["flops"] for phase in found["work"].values())
     assert products == pytest.approx(found["flops_per_step"] / 2, rel=0.1)
-    refused = subprocess.run([*command, "--set", "parallel.tp=4"], capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2 and "does not divide the 2 process(es)" in refused.stderr
