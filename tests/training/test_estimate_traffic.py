@@ -50,7 +50,7 @@ NOTHING_KEPT = {  # nor gathered ahead: each use is a gather
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_reuse_distance": 0,
 }
-MAMBA = {"mixer": ["mamba2", "sisa"], "d_s": [0, 8], "qk_norm": False}
+MAMBA = {"mixer": ["mamba2", "sisa"], "d_s": [0, 8], "qk_norm": False, "ssm": {"head_dim": 16, "n_groups": 2}}
 CASES: dict[str, RunConfig] = {
     name: _config(LAYOUTS[name][1])
     for name in ("dp2", "tp2", "tp2_sp", "tp2_dp2", "hsdp_2x2", "cp2", "cp2_ring", "ep2")
