@@ -53,7 +53,7 @@ def quick_outlook(config: RunConfig, device: Device, *, world_size: int) -> Outl
         return outlook(config, device, world_size=world_size)
     few = [estimate(changed(config, {"model.n_layers": number}), world_size=world_size) for number in _FEW]
     bounds = [roofline(config, found, device) for found in few]
-    times = [bound.parts | {"overlapped": bound.overlapped} for bound in bounds]
+    times = [bound.parts | {"overlapped": bound.overlapped, "reduced": bound.reduced} for bound in bounds]
     ahead = (layers - _FEW[0]) / (_FEW[1] - _FEW[0])
 
     def at_all(first: float, second: float) -> float:

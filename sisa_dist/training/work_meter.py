@@ -1,9 +1,9 @@
 """What operators compute and move while a step is played: FLOPs of matrix products, bytes of arguments and results.
 
 Bytes are what an operator is given and gives, each tensor once, as if nothing stayed in a cache; a view is free, and
-what is expanded counts as what is stored. Our own custom operators are Python: they are run once a shape, and their
-bytes are those of the operators inside. FLOPs are by PyTorch's formulas and by those our operators register, where
-causal scores are T(T+1)/2 pairs.
+what is expanded counts as what is stored. Our own custom operators count as one, as the fused kernels they stand for:
+they are Python, and are run once a shape for the products inside. FLOPs are by PyTorch's formulas and by those our
+operators register, where causal scores are T(T+1)/2 pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sisa_dist.training.work import Phase, Work
 _NAMESPACES = ("c10d", "_c10d_functional", "prim")  # messages are traffic; prim::device asks, and moves nothing
 _OVERWRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")  # their first argument is not read
 _CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
-_INSIDE: dict[Any, tuple[float, int]] = {}  # FLOPs and bytes of our operators, once learnt for all meters
+_INSIDE: dict[Any, float] = {}  # FLOPs of our operators, once learnt for all meters
 
 
 class WorkMeter(TorchDispatchMode):
@@ -69,10 +69,9 @@ class WorkMeter(TorchDispatchMode):
         name = func.name().split(".")[0]
         if name.split("::")[0] not in _NAMESPACES and not _is_view(func):
             given = [_local(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            flops, nbytes = _flops(func, name, args, kwargs, result), _moved(func, name, args, kwargs, result)
             if is_ours(name):
-                flops, nbytes = self._done_inside(func, name, args, result)
-            else:
-                flops, nbytes = _flops(func, name, args, kwargs, result), _moved(func, name, args, kwargs, result)
+                flops = flops or self._done_inside(name, args)
             if flops or nbytes:
                 floats = [x.dtype for x in (*given, *_tensors(result)) if x.is_floating_point()]
                 dtype = str(floats[0] if floats else given[0].dtype if given else torch.int64).removeprefix("torch.")
@@ -86,13 +85,12 @@ class WorkMeter(TorchDispatchMode):
             return "backward"
         return "optimizer" if self.optimizer else "forward"
 
-    def _done_inside(self, func: Any, name: str, args: tuple[Any, ...], result: Any) -> tuple[float, int]:
+    def _done_inside(self, name: str, args: tuple[Any, ...]) -> float:
         key = call_key(name, args)
         if key not in _INSIDE:
             inner = WorkMeter()
             run_inside(name, args, inner)
-            flops = _flops(func, name, args, {}, result) or sum(w.calls * w.flops for w in inner.work())
-            _INSIDE[key] = flops, sum(w.calls * w.nbytes for w in inner.work())
+            _INSIDE[key] = sum(w.calls * w.flops for w in inner.work())
         return _INSIDE[key]
 
 
