@@ -1,4 +1,8 @@
-"""What one rank sends in a training step, by collective and axis."""
+"""What one rank sends in a training step, by collective and axis.
+
+Ranks send alike but for two things: with experts, the rows that a router deals out; and under context parallelism the
+edges of a recurrent mixer's stretches, of which ranks in the middle send two and the first, which is told of, one.
+"""
 
 from __future__ import annotations
 
