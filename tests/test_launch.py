@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import signal as signals
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +91,9 @@ def launch(
     kept = {"PATH": f"{clone / 'tools'}:{os.environ['PATH']}"}
     made = {"PYTHON": str(clone / "python3"), "LOG": str(log), "NAMES": names} | environment
     command = ["bash", str(clone / "launch.sh"), *arguments]
-    ended = subprocess.run(command, cwd="/", env=kept | made, capture_output=True, text=True)
+    # A shell that starts the tests in the background ignores SIGINT for them, and a shell cannot trap what it ignores.
+    hears = functools.partial(signals.signal, signals.SIGINT, signals.SIG_DFL)
+    ended = subprocess.run(command, cwd="/", env=kept | made, capture_output=True, text=True, preexec_fn=hears)
     assert ended.returncode == code, ended.stderr
     assert says in ended.stdout + ended.stderr
     return log.read_text(encoding="utf-8").splitlines()
