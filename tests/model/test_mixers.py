@@ -14,6 +14,7 @@ from torch import Tensor
 from mixer_cases import (
     BASE,
     CASES,
+    FIRST,
     Strength,
     config_of,
     every_mixer,
@@ -136,7 +137,17 @@ def test_fp32_is_near_fp64(name: str) -> None:
         assert (found[torch.float32][path].double() - wanted).abs().max() < 2e-4 * size, path
 
 
-@first_of_every_mixer
+# 10 to 20 s each: one scan is compiled in the fast suite.
+SLOW_TO_COMPILE = {"mamba", "mamba3", "hymba", "falcon_h1"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_COMPILE or name not in FIRST.values() else name
+        for name in CASES
+    ],
+)
 def test_a_block_compiles_without_a_graph_break(name: str) -> None:
     """With every gradient. One graph, whose layouts the compiler foresees; a wrong one shows in the backward."""
     torch.compiler.reset()

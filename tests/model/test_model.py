@@ -177,7 +177,8 @@ def test_token_by_token_and_chunked_decoding_equal_the_full_run(name: str) -> No
 @pytest.mark.parametrize(
     ("length", "temperature", "top_p"),
     [
-        (4096, 0.0, 1.0),
+        (1200, 0.0, 1.0),
+        pytest.param(4096, 0.0, 1.0, marks=pytest.mark.slow),
         (300, 1.0, 1.0),
         (300, 1.0, 0.5),
         pytest.param(4096, 1.0, 0.9, marks=pytest.mark.slow),

@@ -154,7 +154,13 @@ def _looked_at(overrides: list[str]) -> tuple[float, float, int, int]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["engine.activation_checkpointing=true", "parallel.tp=2", "parallel.sequence_parallel=true"]],
+    [
+        [],
+        pytest.param(
+            ["engine.activation_checkpointing=true", "parallel.tp=2", "parallel.sequence_parallel=true"],
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["plain", "checkpointed_tp2"],
 )
 def test_a_first_look_is_no_more_than_is_held(overrides: list[str]) -> None:

@@ -55,7 +55,6 @@ def assert_same_runs(a: Path, b: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "trials"),
     [
-        (1, 1),
         (2, 1),
         pytest.param(1, 20, marks=pytest.mark.slow),
         pytest.param(2, 20, marks=pytest.mark.slow),
