@@ -1,7 +1,9 @@
 """What engines do for samples of scores: which queries of which window, and one value for all ranks.
 
 They are of 16 queries, one in each sixteenth of the first window of the first data rank's next batch to score, drawn
-from (seed, step). So they are the same in every layout, and cost about 32 / (windows · T) of an evaluation's scores.
+from (seed, step). So they are the same in every layout, and cost about 32 / (windows · T) of an evaluation's scores. An
+evaluation's first window is always the same held-out one, of a mixture that of its first source: they tell how a run
+goes on, not what is true of all its text. Under engine.compile that first batch is scored eagerly.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class ScoreSamples:
-    """By layer; None where a layer has no such score."""
+    """By layer; None where a layer has no such score. A largest value that is inf may have been nan: max hides that."""
 
     content_max: list[float | None]
     importance_max: list[float | None]
@@ -38,7 +40,7 @@ class ScoreWatch:
         self._model, self._mesh, self._seed, self._compiled = model, mesh, seed, compiled
         self._layers = list(sampled_layers(model))
         self._step: int | None = None
-        self._found: dict[int, ScoreSample] = {}
+        self._found: dict[int, ScoreSample] | None = None  # empty where another rank looked
 
     def ask(self, step: int) -> None:
         """The next batch to score is sampled, as of `step`."""
@@ -63,14 +65,17 @@ class ScoreWatch:
         self._found = found
 
     def take(self) -> ScoreSamples:
-        """Of the batch that was sampled last, over all ranks. Collective; waits for the device."""
+        """Of the batch that was sampled since the last call, over all ranks; None everywhere if none was. Collective;
+        waits for the device."""
         nothing = ScoreSample(*(torch.zeros((), device=self._mesh.device),) * 3)
         largest: list[list[float]] = []
         moved: list[float] = []
-        if self._layers:
-            sampled = [self._found.get(layer, nothing) for layer in self._layers]
+        found, self._found = self._found, None
+        if found is not None:
+            sampled = [found.get(layer, nothing) for layer in self._layers]
             most = torch.stack([torch.stack((one.content_max, one.importance_max)).double() for one in sampled])
             share = torch.stack([one.moved.double() for one in sampled])
+            most = most.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of nan and 0 a collective's max may be 0
             largest = self._mesh.max_over_all(most).tolist()
             share = self._mesh.sum_over(share, "tp", "dp_shard", "dp_replicate")  # each tp rank has as many heads
             moved = (share / self._mesh.tp_size).tolist()
@@ -81,7 +86,7 @@ class ScoreWatch:
         )
 
     def _spread(self, values: list[float]) -> list[float | None]:
-        by_layer = dict(zip(self._layers, values, strict=True))
+        by_layer = dict(zip(self._layers, values, strict=True)) if values else {}
         return [by_layer.get(layer) for layer in range(self._model.config.n_layers)]
 
 

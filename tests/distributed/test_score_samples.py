@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_they_are_those_of_one_process(case: Case) -> None:
 def test_under_context_parallelism_there_are_none() -> None:
     for found, _ in run_job(2, _samples, Case("cp2", "sisa", 4, "uniform", "fp32")):
         assert found == ScoreSamples([None] * 2, [None] * 2, [None] * 2)
+
+
+def test_a_model_that_diverged_is_seen_on_every_rank() -> None:
+    """And what was taken is not taken again."""
+    for found, again in run_job(2, _diverged, Case("tp2", "sisa", 2, "uniform", "fp32")):
+        assert found.content_max == found.importance_max == [math.inf] * 2
+        assert all(map(math.isnan, found.moved))
+        assert again == ScoreSamples([None] * 2, [None] * 2, [None] * 2)
+
+
+def _diverged(case: Case) -> tuple[ScoreSamples, ScoreSamples]:
+    config = case.config()
+    mesh = init_mesh(config.parallel, device="cpu")
+    engine = build_engine(config, mesh)
+    whole = batch(case, 0)
+    mine = slice(mesh.dp_rank, None, mesh.dp_size)
+    tokens, labels = whole.tokens[mine], whole.labels[mine]
+    if mesh.is_main:  # the other rank's heads, and its model, are as they were
+        with torch.no_grad():
+            for name, parameter in engine.model.named_parameters():  # type: ignore[attr-defined]
+                if name.endswith(("wq.weight", "lambda_raw")):
+                    parameter.fill_(math.nan)
+    engine.sample_scores(7)
+    engine.score(tokens, labels, None)
+    return engine.score_samples(), engine.score_samples()
 
 
 def _samples(case: Case) -> tuple[ScoreSamples, list[float] | None]:
