@@ -23,7 +23,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sisa_dist.config import UserError
-from sisa_dist.training.metrics_file import read_metrics, smooth
+from sisa_dist.training.metrics_file import names_apart, read_metrics, smooth
 
 Run = dict[str, list[dict[str, Any]]]  # what read_metrics returns
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         folders = dict.fromkeys(arguments.runs)  # the same folder twice is one curve
-        runs = dict(zip(_labels(list(folders)), map(read_metrics, folders), strict=True))
+        runs = dict(zip(names_apart(list(folders)), map(read_metrics, folders), strict=True))
         for folder, run in zip(folders, runs.values(), strict=True):
             if not run.get("train"):
                 raise UserError(f"{folder}: metrics.jsonl holds no training step yet: train it first")
@@ -221,16 +221,6 @@ def _shade(colour: str, share: float) -> tuple[float, ...]:
     """From a darkened colour at 0 to a lightened one at 1."""
     base = np.array(to_rgb(colour))
     return tuple(0.55 * base * (1 - share) + (0.45 * base + 0.55) * share)
-
-
-def _labels(folders: list[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(path[-length:]) for path in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    raise UserError("the same run folder is named twice under two names: name it once")
 
 
 def _place(run: Run, records: list[dict[str, Any]], x: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from sisa_dist.report import sections, sweep_sections
 from sisa_dist.report.read import Run, read_run
 from sisa_dist.report.style import CSS
 from sisa_dist.report.sweep import Sweep, is_sweep, read_sweep
-from sisa_dist.training.metrics_file import read_metrics
+from sisa_dist.training.metrics_file import names_apart, read_metrics
 
 # No script, no other file, no network, whatever the text in the page says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -47,7 +47,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         title = f"Sweep {sweep.folder.resolve().name}"
     else:
         sweep = None
-        runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+        runs = [read_run(folder, name) for folder, name in zip(folders, names_apart(folders), strict=True)]
         title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     replace_file(out, render(title, runs, sweep, left_out))
     return out
@@ -82,13 +82,3 @@ def render(title: str, runs: Sequence[Run], sweep: Sweep | None = None, left_out
 
 def _has_a_step(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() and bool(read_metrics(folder).get("train"))
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("the same run folder is named twice: name it once")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def _step_of(line: bytes) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
+
+
+def names_apart(run_folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart. Raises UserError where one stands twice."""
+    parts = [folder.resolve().parts for folder in run_folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("the same run folder is named twice: name it once")
 
 
 def smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,8 +1,8 @@
 """Layouts for so many devices of a kind, ranked by the roofline: what `sisa estimate --search` tries and keeps.
 
 Every layout is a config of its own: what the config's rules refuse is counted and dropped. Of the rest a look that
-costs nothing (states, which are exact, activations at the least, and a time from FLOPs and the largest transfers)
-says in which order to estimate them and what cannot fit; it decides nothing else.
+costs little (states, activations at the least, and a time from FLOPs and the largest transfers) drops what cannot fit
+and says in which order to estimate the rest: those that the budget of estimates does not reach are counted as left.
 """
 
 from __future__ import annotations

@@ -67,6 +67,13 @@ def test_a_decay_bound_without_a_sisa_layer_is_refused() -> None:
         load_config(QUICKSTART, ["model.mixer=attention", "model.d_s=null", "model.log_alpha_min=-1.0"])
 
 
+def test_copies_of_shards_under_deepspeed_are_refused() -> None:
+    copies = ["parallel.dp=4", "parallel.dp_replicate=2"]
+    assert load_config(QUICKSTART, copies).parallel.dp_replicate == 2
+    with pytest.raises(UserError, match="dp_replicate needs engine.kind fsdp2"):
+        load_config(QUICKSTART, [*copies, "engine.kind=deepspeed"])
+
+
 def test_how_to_train_a_tokenizer_is_refused_beside_one_that_exists(tmp_path: Path) -> None:
     for setting in ("model_type=unigram", "sample_bytes=100"):
         with pytest.raises(UserError, match=f"data.tokenizer: {setting.split('=')[0]} has no effect"):

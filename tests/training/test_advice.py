@@ -102,17 +102,6 @@ def test_deepspeed_is_not_told_from_few_layers() -> None:
     assert layers_rehearsed(_config(*deep)) == layers_rehearsed(_config("model.n_layers=9", "engine.prefetch=3")) == 9
 
 
-def _of_zero_3() -> list[Outlook]:
-    own = "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 20000, stage3_max_live_parameters: 60000}}"
-    return _of_both(["model.n_layers=8", "engine.kind=deepspeed", "training.global_batch_tokens=128", own])
-
-
-@pytest.mark.slow
-def test_buckets_and_live_parameters_are_those_of_the_whole_model() -> None:
-    whole, told = alone(_of_zero_3)
-    assert told.peak == whole.peak and told.bound.parts == pytest.approx(whole.bound.parts)
-
-
 def test_changes_drop_what_they_leave_without_effect() -> None:
     given = ["engine.kind=deepspeed", "engine.zero_stage=2"]
     config = _config(*given, "engine.deepspeed_config={zero_optimization: {reduce_bucket_size: 7}}")
