@@ -18,7 +18,11 @@ from sisa_dist.model.precision import at_least_fp32
 
 IGNORE = -100  # a label that does not count
 
-_CHUNK_ELEMENTS = 1 << 22  # logits alive at once: 16 MB in fp32, stays in cache on a CPU and is small on a GPU
+# Logits alive at once: 16 MB in fp32 stay in a CPU's cache. Of a large batch twice as many as its hidden states, where
+# that is more: each chunk reads and writes the head's whole gradient, which at 7B and 83 tokens a chunk would take a
+# GPU several times as long as the matmuls.
+_CHUNK_ELEMENTS = 1 << 22
+_TIMES_HIDDEN = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocabulary:
     log_prob_N = torch.zeros(labels_N.shape, dtype=torch.float32, device=h_ND.device)
     is_argmax_N = torch.ones(labels_N.shape, dtype=torch.bool, device=h_ND.device)
     with torch.no_grad():
-        for rows in _chunks(h_ND.shape[0], weight_VD.shape[0]):
+        for rows in _chunks(h_ND.shape, weight_VD.shape[0]):
             logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
@@ -83,7 +87,7 @@ class _CrossEntropySum(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if want_h else None
         # fp32: a bf16 sum over many chunks would lose the small ones.
         dweight_VD = torch.zeros_like(weight_VD, dtype=loss.dtype) if want_weight else None
-        for rows in _chunks(h_ND.shape[0], weight_VD.shape[0]):
+        for rows in _chunks(h_ND.shape, weight_VD.shape[0]):
             logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
@@ -133,6 +137,7 @@ def _pick(logits_NV: Tensor, index_N: Tensor, here_N: Tensor) -> Tensor:
     return logits_NV.gather(1, index_N[:, None])[:, 0].masked_fill(~here_N, float("-inf"))
 
 
-def _chunks(num_tokens: int, vocab: int) -> list[slice]:
-    size = max(1, _CHUNK_ELEMENTS // vocab)
+def _chunks(hidden: torch.Size, vocab: int) -> list[slice]:
+    num_tokens, width = hidden
+    size = max(1, max(_CHUNK_ELEMENTS, _TIMES_HIDDEN * num_tokens * width) // vocab)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]

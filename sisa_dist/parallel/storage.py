@@ -41,10 +41,8 @@ def as_global(stored: Tensor, part: Slice, mesh: Mesh) -> Tensor:
     if part.ep_dim is not None:
         assert mesh.expert_mesh is not None
         device_mesh, placements = mesh.expert_mesh, (cut, over_dp)
-    elif mesh.tp_size > 1:
-        device_mesh, placements = mesh.device_mesh["tp", "dp_shard"], (cut, over_dp)
     else:
-        device_mesh, placements = mesh.device_mesh["dp_shard"], (over_dp,)
+        device_mesh, placements = mesh.stored_mesh, (cut, over_dp) if mesh.tp_size > 1 else (over_dp,)
     stride = torch.empty(part.shape, device="meta").stride()
     # Not DTensor.from_local: it would copy what is offloaded to the CPU to the mesh's device.
     assert stored.dtype == torch.float32, "masters and moments are fp32: this is a gathered compute copy"

@@ -9,7 +9,7 @@ from typing import Any
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.training.changes import changed, differences
 from sisa_dist.training.devices import Device
-from sisa_dist.training.outlook import Outlook, quick_outlook
+from sisa_dist.training.outlook import Outlook, outlook
 
 _LONG = 16384  # tokens of a window from which cutting it is worth a try
 
@@ -25,27 +25,20 @@ class Advice:
 
 
 def advise(
-    config: RunConfig,
+    now: Outlook,
     device: Device,
     *,
     world_size: int,
     best: int = 3,
-    whole: Outlook | None = None,
-    look: Callable[..., Outlook] = quick_outlook,
+    look: Callable[..., Outlook] = outlook,
     progress: Callable[[str], None] = lambda told: None,
-) -> tuple[Outlook, list[Advice]]:
-    """The config's own outlook and at most `best` changes, the best first.
+) -> list[Advice]:
+    """At most `best` changes of `now.config`, the best first.
 
     Of a run that fits: those that shorten its step and leave it fitting. Of one that does not: those that make it fit,
     the fastest first; where none does, those that leave the smallest peak. `look` is how an outlook is come by.
-    `whole`, the config's own where it is known more exactly, is what the advice is told against: the others are scaled
-    by what `look` misses of it.
     """
-    progress("as it is")
-    looked = look(config, device, world_size=world_size)
-    now = whole or looked
-    longer, larger = now.bound.seconds / looked.bound.seconds, now.peak / looked.peak
-    found: list[Advice] = []
+    config, found = now.config, list[Advice]()
     for change in single_changes(config, device, world_size=world_size, fits=now.fits):
         try:
             other = changed(config, change)
@@ -53,16 +46,16 @@ def advise(
             then = look(other, device, world_size=world_size)
         except UserError:  # not of this model, batch or number of processes
             continue
-        seconds, peak = longer * then.bound.seconds, round(larger * then.peak)
-        faster, fits = 1 - seconds / now.bound.seconds, peak <= device.memory
-        found.append(Advice(differences(config, other), seconds, faster, peak, now.peak - peak, fits))
+        seconds = then.bound.seconds
+        faster, saved = 1 - seconds / now.bound.seconds, now.peak - then.peak
+        found.append(Advice(differences(config, other), seconds, faster, then.peak, saved, then.fits))
     if now.fits:  # a thousandth is less than the ceilings are known to
         helping = [advice for advice in found if advice.fits and advice.faster > 1e-3]
     else:
         helping = [advice for advice in found if advice.fits] or [advice for advice in found if advice.saved > 0]
     fit = any(advice.fits for advice in helping)
     helping.sort(key=lambda advice: advice.seconds if fit else advice.peak)
-    return now, helping[:best]
+    return helping[:best]
 
 
 def single_changes(config: RunConfig, device: Device, *, world_size: int, fits: bool) -> Iterator[dict[str, Any]]:

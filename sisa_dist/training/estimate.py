@@ -16,6 +16,7 @@ from sisa_dist.model import build_model, num_parameters
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.parallel.mesh import AXES
+from sisa_dist.training.deep_rehearsal import rehearse_deep
 from sisa_dist.training.rehearsal import FIRST, NEXT, pretended_mesh, rehearse_step
 from sisa_dist.training.states import local_shapes, states
 from sisa_dist.training.traffic import Transfer
@@ -58,8 +59,8 @@ class Estimate:
         return self.weights + self.gradients + self.moments
 
 
-def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
-    """For `world_size` processes; None: `default_world`'s.
+def estimate(config: RunConfig, *, world_size: int | None = None, every_layer: bool = False) -> Estimate:
+    """For `world_size` processes; None: `default_world`'s. `every_layer`: play them all, also where few tell of all.
 
     Raises UserError where the config does not fit so many.
     """
@@ -72,7 +73,7 @@ def estimate(config: RunConfig, *, world_size: int | None = None) -> Estimate:
         slices = apply_plan(model, mesh)
         held = states(config, slices, mesh)
         least = states(config, slices, mesh, shard_rank=mesh.size("dp_shard") - 1)
-        seen = rehearse_step(config, mesh)
+        seen = (rehearse_step if every_layer else rehearse_deep)(config, mesh)
         shapes = local_shapes(slices, mesh)
         sizes = {axis: mesh.size(axis) for axis in AXES}
         sizes |= {axis: mesh.size(axis) for axis in INSIDE if mesh.size(axis) > 1}

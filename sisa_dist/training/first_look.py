@@ -13,8 +13,8 @@ from sisa_dist.model import build_model
 from sisa_dist.model.flops import training_flops_per_token
 from sisa_dist.parallel.apply import apply_plan
 from sisa_dist.training.changes import changed
+from sisa_dist.training.deep_rehearsal import layers_alike
 from sisa_dist.training.devices import Device
-from sisa_dist.training.outlook import layers_alike
 from sisa_dist.training.rehearsal import pretended_mesh
 from sisa_dist.training.roofline import transfer_seconds
 from sisa_dist.training.states import states

@@ -15,15 +15,15 @@ from typing import Any
 from sisa_dist.config import RunConfig, UserError
 from sisa_dist.parallel.plan import check_tp
 from sisa_dist.training.changes import changed
+from sisa_dist.training.deep_rehearsal import few_layers
 from sisa_dist.training.devices import Device
 from sisa_dist.training.estimate import check_batch
 from sisa_dist.training.first_look import FirstLook
-from sisa_dist.training.outlook import Outlook, layers_rehearsed, outlook, quick_outlook
+from sisa_dist.training.outlook import Outlook, outlook
 
 _LONG = 16384  # tokens of a window from which it is cut
 _ENOUGH = 8  # layouts that fit
 _AT_MOST, _LAYERS = 40, 60  # estimates, and layers that they rehearse together: what takes the time
-_SURE = 0.97  # of the memory: what few layers tell is nearer than this to the whole
 
 
 @dataclass
@@ -178,20 +178,14 @@ def _largest_that_fits(
             continue
         if found.spent:
             return None
-        layers, rehearsed = config.model.n_layers, layers_rehearsed(config)
-        told: Outlook | None = None
-        for look, cost in ((quick_outlook, rehearsed), (outlook, layers)):
-            if told is not None and (not told.fits or told.peak < _SURE * device.memory or rehearsed == layers):
-                break
-            progress(f"{found.estimated + 1}: {describe_layout(config)}, micro-batch {size}")
-            try:
-                told = look(config, device, world_size=gpus)
-            except UserError as error:
-                found.refuse(error)
-                return None
-            found.estimated += 1
-            found.layers += cost
-        assert told is not None
+        progress(f"{found.estimated + 1}: {describe_layout(config)}, micro-batch {size}")
+        try:
+            told = outlook(config, device, world_size=gpus)
+        except UserError as error:
+            found.refuse(error)
+            return None
+        found.estimated += 1
+        found.layers += sum(few_layers(config) or [config.model.n_layers])
         if told.fits:
             return told
         states = min(glance.states(config), told.peak)

@@ -102,7 +102,7 @@ def print_estimate(
         sys.stdout.flush()  # what is known stands before what takes longer
         now = outlook_of(config, found, device)
         with progress_line("settings that would help") as progress:
-            _, helping = advise(config, device, world_size=ranks, whole=now, progress=progress)
+            helping = advise(now, device, world_size=ranks, progress=progress)
         console.print(_advice(now, found.host, device, [(a, to_set(a.settings)) for a in helping]), soft_wrap=True)
         told |= {"device": dataclasses.asdict(device), "roofline": bound.numbers(), "cost": dataclasses.asdict(cost)}
         told |= {"fits": now.fits, "advice": [dataclasses.asdict(advice) for advice in helping]}

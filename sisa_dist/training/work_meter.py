@@ -31,6 +31,16 @@ _CPU_FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 _INSIDE: dict[Any, float] = {}  # FLOPs of our operators, once learnt for all meters
 
 
+class Call(NamedTuple):
+    """What is counted as one: of one kind, dtype and size."""
+
+    phase: Phase
+    operator: str
+    dtype: str
+    flops: float
+    nbytes: int
+
+
 class WorkMeter(TorchDispatchMode):
     """Counts while entered. What runs in a backward is `backward`, in a checkpoint's second forward `recomputation`
     (pass `checkpoint_contexts` as its `context_fn`), after `optimizer = True` that; all else is `forward`.
@@ -43,13 +53,13 @@ class WorkMeter(TorchDispatchMode):
         self.times = 1
         self.optimizer = False
         self._recomputing = False
-        self._calls: Counter[tuple[Phase, str, str, float, int]] = Counter()
+        self.calls: Counter[Call] = Counter()
 
     def work(self) -> tuple[Work, ...]:
         """Of all that was counted, in the order it first came."""
         return tuple(
-            Work(phase, name, dtype, calls, flops, nbytes)
-            for (phase, name, dtype, flops, nbytes), calls in self._calls.items()
+            Work(call.phase, call.operator, call.dtype, times, call.flops, call.nbytes)
+            for call, times in self.calls.items()
         )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -75,7 +85,7 @@ class WorkMeter(TorchDispatchMode):
             if flops or nbytes:
                 floats = [x.dtype for x in (*given, *_tensors(result)) if x.is_floating_point()]
                 dtype = str(floats[0] if floats else given[0].dtype if given else torch.int64).removeprefix("torch.")
-                self._calls[self._phase(), name, dtype, flops, nbytes] += self.times
+                self.calls[Call(self._phase(), name, dtype, flops, nbytes)] += self.times
         return result
 
     def _phase(self) -> Phase:

@@ -8,7 +8,7 @@ from torch import Tensor
 from distributed.grid import Case, Outcome
 
 # fp32: a sum split over ranks is added in another order, an error of a few ulp (1.2e-7) that two layers, a loss and
-# five steps of Adam carry on. Measured over the whole grid: scores 1e-6, losses 5e-7, norms 4e-7, gradients 6e-6.
+# a few steps of Adam carry on. Measured over the whole grid: scores 1e-6, losses 5e-7, norms 4e-7, gradients 6e-6.
 FP32 = 1e-5
 # bf16: each rank rounds its part of a sum to 8 bits (2^-9) before it is added, where one process rounds the sum.
 BF16_SCORE = 0.05  # nats; a logit of ±4 is rounded by up to 2^-7, and two of them make a log-probability
@@ -16,7 +16,7 @@ BF16_LOSS, BF16_NORM = 5e-3, 1e-2  # a mean over 90 labels; a norm over 10 000 e
 BF16_GRADIENT = 0.05  # of the tensor's largest entry,
 BF16_FLOOR = 4e-2  # and of its module's: what is small is often a difference of large rounded terms
 BF16_FEW = 0.9
-BF16_UPDATE = 0.15  # mean error of the five updates against their mean size; Adam makes signs of small gradients
+BF16_UPDATE = 0.15  # mean error of the updates against their mean size; Adam makes signs of small gradients
 
 
 # A GPU sums with atomics, in an order of its own each time: nothing but the initial weights is exact, and fp32 sums of

@@ -25,11 +25,12 @@ def weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def on_gradients(engine: Any, see: Callable[[dict[str, Tensor]], None]) -> None:
-    """Has `see` called with every gradient, whole and unclipped, at each step."""
+    """Has `see` called with every gradient, whole and unclipped, at the next step."""
     if isinstance(engine, FSDP2Engine):
         real_clip = engine._clip
 
         def clip() -> Tensor:
+            engine._clip = real_clip  # type: ignore[method-assign]
             see({n: whole(engine._as_global(n, p.grad)) for n, p in engine.model.named_parameters()})  # type: ignore
             return real_clip()
 
@@ -40,6 +41,7 @@ def on_gradients(engine: Any, see: Callable[[dict[str, Tensor]], None]) -> None:
     real_step = engine._step
 
     def step() -> Any:
+        engine._step = real_step
         found = {}
         for name, parameter in engine.model.named_parameters():
             grad = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)

@@ -1,6 +1,6 @@
 """Windows cut over context-parallel ranks equal one process, in every form and beside every other way to split.
 
-As test_grid.py: scores, losses, every gradient, norms and weights after five clipped steps.
+As test_grid.py: scores, losses, every gradient, norms and weights after three clipped steps.
 """
 
 from __future__ import annotations

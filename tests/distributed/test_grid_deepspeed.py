@@ -37,8 +37,13 @@ def _cases() -> list[Case]:
 
 
 ALL = _cases()
-# Every stage with every layout, one mixer each; the other half of the product is slow.
-FAST = [case for number, case in enumerate(ALL) if (number // 2 + number) % 2 == 0]
+# Stages 1 and 3 with every layout, one mixer each, 0 and 2 with these; the rest of the product is slow.
+_SOME = ("dp4", "tp4", "tp2_dp2_sp")
+FAST = [
+    case
+    for number, case in enumerate(ALL)
+    if (number // 2 + number) % 2 == 0 and (case.zero_stage in (1, 3) or case.layout in _SOME)
+]
 
 
 def check(case: Case) -> None:
@@ -97,8 +102,9 @@ def test_zero_full_product_equals_one_process(case: Case) -> None:
     check(case)
 
 
-def test_the_subset_has_every_stage_layout_mixer_and_precision() -> None:
-    assert {(c.zero_stage, c.layout) for c in FAST} == set(itertools.product(range(4), LAYOUTS))
+def test_the_subset_has_every_stage_with_mixers_and_precisions() -> None:
+    assert {(c.zero_stage, c.layout) for c in FAST} >= set(itertools.product((1, 3), LAYOUTS))
+    assert {(c.zero_stage, c.layout) for c in FAST} >= set(itertools.product((0, 2), _SOME))
     assert {(c.zero_stage, c.mixer) for c in FAST} == set(itertools.product(range(4), ("sisa", "attention")))
     assert {(c.zero_stage, c.precision) for c in FAST} == set(itertools.product(range(4), ("fp32", "bf16")))
 

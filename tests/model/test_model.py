@@ -86,8 +86,9 @@ def test_chunked_loss_equals_the_whole_one_whatever_the_chunk(
     labels = torch.randint(0, 61, (45,), generator=g)
     labels[::7] = -100
     results = []
-    for elements in (64 * 7, 64 * 100):
-        monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", elements)
+    for rows, times in ((7, 0), (7, 1), (100, 0)):  # seven chunks, three, one
+        monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 64 * rows)
+        monkeypatch.setattr(loss_module, "_TIMES_HIDDEN", times)
         hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
         loss = cross_entropy_sum(hh, ww, labels, Vocabulary(61))
         (loss * 0.25).backward()
@@ -177,7 +178,7 @@ def test_token_by_token_and_chunked_decoding_equal_the_full_run(name: str) -> No
 @pytest.mark.parametrize(
     ("length", "temperature", "top_p"),
     [
-        (1200, 0.0, 1.0),
+        pytest.param(1200, 0.0, 1.0, marks=pytest.mark.slow),
         pytest.param(4096, 0.0, 1.0, marks=pytest.mark.slow),
         (300, 1.0, 1.0),
         (300, 1.0, 0.5),

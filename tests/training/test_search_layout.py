@@ -45,7 +45,7 @@ def _supposed(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
 def _searched(overrides: list[str], memory: float, gpus: int = 8) -> tuple[RunConfig, Search, list[str]]:
     config, told = load_config(QUICKSTART, [*SMALL, *overrides]), []
     device = dataclasses.replace(ROOM, memory=memory)
-    with mock.patch.object(search, "quick_outlook", _supposed), mock.patch.object(search, "outlook", _supposed):
+    with mock.patch.object(search, "outlook", _supposed):
         return config, search_layouts(config, device, gpus=gpus, progress=told.append), told
 
 
@@ -82,23 +82,6 @@ def test_where_the_rules_refuse_all_the_first_reason_is_told() -> None:
     with pytest.raises(UserError, match=r"^training.global_batch_tokens 8192 is not a multiple .* 12") as told:
         alone(_searched, [], 2e8, gpus=12)
     assert "set it to" in str(told.value)
-
-
-def test_what_just_fits_is_rehearsed_whole() -> None:
-    looked = []
-
-    def of_whole(config: RunConfig, device: Device, *, world_size: int) -> Outlook:
-        looked.append(config)
-        return dataclasses.replace(_supposed(config, device, world_size=world_size), peak=10**9)
-
-    config = load_config(QUICKSTART, [*SMALL, "model.n_layers=8"])
-    _, seconds = FirstLook(ROOM, world_size=1)(config)
-    tight = _supposed(config, ROOM, world_size=1).peak * 1.01
-    group, found = [(config.training.micro_batch_size, seconds, config)], Search()
-    device = dataclasses.replace(ROOM, memory=tight)
-    with mock.patch.object(search, "quick_outlook", _supposed), mock.patch.object(search, "outlook", of_whole):
-        told = search._largest_that_fits(group, device, 1, found, FirstLook(device, world_size=1), lambda told: None)
-    assert told is None and looked == [config] and found.estimated == 2 and found.layers == 3 + 4 + 8
 
 
 def test_the_configs_own_layout_is_among_them() -> None:
@@ -223,7 +206,7 @@ def test_the_tables_and_the_json_tell_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(show_estimate, "estimate", lambda config, **_: made_estimate(peak=2**31, mesh={"dp_shard": 2}))
-    monkeypatch.setattr(show_estimate, "advise", lambda config, device, **_: (None, []))
+    monkeypatch.setattr(show_estimate, "advise", lambda now, device, **_: [])
     monkeypatch.setattr(show_estimate, "roofline", lambda config, found, device: _supposed_bound(config, device))
     given = ("--device", "h100", "--price", "3", "--world", "2")
     assert _command(*given, monkeypatch=monkeypatch) == 0

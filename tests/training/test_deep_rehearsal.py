@@ -1,0 +1,81 @@
+"""A deep model told from shallow ones: every number is that of the rehearsal of all its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from distributed.pretending import alone
+from sisa_dist.config import RunConfig, load_config
+from sisa_dist.training.deep_rehearsal import few_layers
+from sisa_dist.training.estimate import Estimate, estimate
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+SMALL = ["model.n_layers=9", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=80"]
+SMALL += ["model.vocab_size=128", "training.seq_len=64", "training.micro_batch_size=1"]
+
+FSDP2, ZERO3 = ["engine.kind=fsdp2"], ["engine.kind=deepspeed", "engine.zero_stage=3"]
+BUCKETS = "reduce_bucket_size: 20000, stage3_max_live_parameters: 60000, stage3_prefetch_bucket_size: 30000"
+RECOMPUTED = ["engine.activation_checkpointing=true"]
+MOE = ["model.mlp=moe", "model.moe={experts: 4, top_k: 2}", "parallel.ep=2"]
+SP = ["parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=bf16"]
+CASES: dict[str, tuple[int, list[str]]] = {  # name → (world size, what differs)
+    "fsdp2_sp_checkpointing": (4, [*FSDP2, *SP, *RECOMPUTED]),
+    "zero3_buckets_checkpointing": (
+        2,
+        [*ZERO3, *RECOMPUTED, f"engine.deepspeed_config={{zero_optimization: {{{BUCKETS}}}}}"],
+    ),
+}
+SLOW: dict[str, tuple[int, list[str]]] = {
+    "one_offloaded": (1, [*RECOMPUTED, "engine.activation_offload=true", "engine.cpu_offload=true"]),
+    "zero2_moe": (4, ["engine.kind=deepspeed", "engine.zero_stage=2", *MOE]),
+    "one": (1, []),
+    "fsdp2": (2, FSDP2),
+    "fsdp2_prefetch": (2, [*FSDP2, "engine.prefetch=2", "model.n_layers=13"]),
+    "fsdp2_kept": (2, [*FSDP2, "engine.reshard_after_forward=false"]),
+    "fsdp2_offloaded": (2, [*FSDP2, "engine.cpu_offload=true", "engine.mlp_chunk=16"]),
+    "fsdp2_moe": (4, [*FSDP2, *MOE]),
+    "hsdp": (4, [*FSDP2, "parallel.dp_replicate=2"]),
+    "tp2_overlap": (2, [*FSDP2, "parallel.tp=2", "engine.overlap=true"]),
+    "cp2": (4, [*FSDP2, "parallel.cp=2"]),
+    "cp2_ring": (2, [*FSDP2, "parallel.cp=2", "parallel.cp_kind=ring"]),
+    "cp2_ulysses": (2, [*ZERO3, "parallel.cp=2", "parallel.cp_kind=ulysses"]),
+    "zero0": (2, ["engine.kind=deepspeed", "engine.zero_stage=0"]),
+    "zero1_tp2": (4, ["engine.kind=deepspeed", "engine.zero_stage=1", "parallel.tp=2"]),
+    "zero3": (2, ZERO3),
+    "zero3_mlp_chunk": (2, [*ZERO3, *RECOMPUTED, "engine.mlp_chunk=16"]),
+    "zero3_offloaded": (2, [*ZERO3, "engine.cpu_offload=true", "engine.precision=bf16"]),
+    "mamba2_tp2": (2, [*FSDP2, "model.mixer=mamba2", "model.d_s=null", "model.n_kv_heads=4", "parallel.tp=2"]),
+    "attention": (2, [*ZERO3, "model.mixer=attention", "model.d_s=null"]),
+}
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(QUICKSTART, [*SMALL, *overrides])
+
+
+def _both(world_size: int, overrides: list[str]) -> tuple[Estimate, Estimate]:
+    rounds = 3 * world_size * 64  # three micro-batches a rank where all ranks are data ranks
+    config = _config(f"training.global_batch_tokens={rounds}", *overrides)
+    assert few_layers(config) is not None
+    return estimate(config, world_size=world_size), estimate(config, world_size=world_size, every_layer=True)
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_few_layers_tell_of_all(name: str) -> None:
+    told, played = alone(_both, *(CASES | SLOW)[name])
+    assert Counter(told.work) == Counter(played.work) and len(told.work) > 20
+    assert told.traffic == played.traffic
+    assert dataclasses.replace(told, work=()) == dataclasses.replace(played, work=())
+
+
+def test_layers_that_differ_are_played_all() -> None:
+    assert few_layers(_config()) == (3, 4)
+    assert few_layers(_config("engine.prefetch=2")) is None  # two at each end and one between: five and six
+    assert few_layers(_config("engine.prefetch=2", "model.n_layers=12")) == (5, 6)
+    assert few_layers(_config("model.n_layers=7")) is None
+    assert few_layers(_config("model.mixer=[" + ", ".join(["sisa"] * 9) + "]")) is None
+    assert few_layers(_config("model.d_s={learned: true, max: 8, penalty: 5.0}")) is None
