@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary in chunks of tokens: the whole logits never exist at once.
+"""Cross-entropy over the vocabulary in chunks of tokens: of large vocabularies the whole logits never exist at once.
 
 Logits of N tokens at a vocabulary of 50 277 are 200 kB a token in fp32; a chunk of them is made, reduced and dropped.
 The gradient of a chunk is formed right after its logits (the sum is linear in its upstream gradient, which only
@@ -18,9 +18,9 @@ from sisa_dist.model.precision import at_least_fp32
 
 IGNORE = -100  # a label that does not count
 
-# Logits alive at once: 16 MB in fp32 stay in a CPU's cache. Of a large batch twice as many as its hidden states, where
-# that is more: each chunk reads and writes the head's whole gradient, which at 7B and 83 tokens a chunk would take a
-# GPU several times as long as the matmuls.
+# Logits alive at once: 16 MB in fp32 stay in a CPU's cache. In training twice as many as the batch has hidden numbers,
+# where that is more: each chunk reads and writes the head's whole gradient, which at 7B and 83 tokens a chunk would
+# take a GPU several times as long as the matmuls.
 _CHUNK_ELEMENTS = 1 << 22
 _TIMES_HIDDEN = 2
 
@@ -68,7 +68,7 @@ def score_targets(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, vocabulary:
     log_prob_N = torch.zeros(labels_N.shape, dtype=torch.float32, device=h_ND.device)
     is_argmax_N = torch.ones(labels_N.shape, dtype=torch.bool, device=h_ND.device)
     with torch.no_grad():
-        for rows in _chunks(h_ND.shape, weight_VD.shape[0]):
+        for rows in _chunks(h_ND, weight_VD):
             logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
@@ -87,7 +87,7 @@ class _CrossEntropySum(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND) if want_h else None
         # fp32: a bf16 sum over many chunks would lose the small ones.
         dweight_VD = torch.zeros_like(weight_VD, dtype=loss.dtype) if want_weight else None
-        for rows in _chunks(h_ND.shape, weight_VD.shape[0]):
+        for rows in _chunks(h_ND, weight_VD, training=want_weight):
             logits_NV = _logits(h_ND[rows], weight_VD, vocabulary)
             label_N = labels_N[rows]
             valid_N = label_N != IGNORE
@@ -137,7 +137,8 @@ def _pick(logits_NV: Tensor, index_N: Tensor, here_N: Tensor) -> Tensor:
     return logits_NV.gather(1, index_N[:, None])[:, 0].masked_fill(~here_N, float("-inf"))
 
 
-def _chunks(hidden: torch.Size, vocab: int) -> list[slice]:
-    num_tokens, width = hidden
-    size = max(1, max(_CHUNK_ELEMENTS, _TIMES_HIDDEN * num_tokens * width) // vocab)
+def _chunks(h_ND: Tensor, weight_VD: Tensor, *, training: bool = False) -> list[slice]:
+    num_tokens = h_ND.shape[0]
+    elements = max(_CHUNK_ELEMENTS, _TIMES_HIDDEN * h_ND.numel() if training else 0)
+    size = max(1, elements // weight_VD.shape[0])
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]

@@ -71,7 +71,7 @@ class Rehearsed:
     memory: MemoryMeter
     traffic: TrafficMeter
     work: WorkMeter
-    from_host: list[int]  # bytes of weights that FSDP2's CPU offload copies to the device, gather by gather
+    from_host: list[int]  # bytes of weights that FSDP2's CPU offload copies to the device
     uses: list[Use]  # of weights, in the last forward; where ZeRO-3 will gather them
 
 

@@ -175,7 +175,7 @@ def full_product() -> list[Case]:
 
 def covering_subset() -> list[Case]:
     """Cases in which every pair of values of two axes occurs, and every layout with sisa in fp32, which sees what bf16
-    hides. Chosen greedily and always the same."""
+    hides; of attention that is left to the full product. Chosen greedily and always the same."""
     names = list(AXES)
     together = [*itertools.combinations(range(len(names)), 2)]
     layout, mixer, precision = (names.index(axis) for axis in ("layout", "mixer", "precision"))

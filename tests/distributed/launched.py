@@ -44,7 +44,7 @@ def said(folder: Path, rank: int) -> str:
     return (folder / f"stderr{rank}").read_text(encoding="utf-8")
 
 
-def wait_for(happened: Callable[[], bool], timeout: float = 60) -> None:
+def wait_for(happened: Callable[[], bool], timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"

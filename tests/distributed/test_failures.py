@@ -108,7 +108,7 @@ def test_under_torchrun_everybody_goes(tiny: RunConfig, tmp_path: Path) -> None:
     launcher, beats = _torchrun(long_run(tiny, tmp_path / "run"), tmp_path)
     try:
         os.kill(beats[1].pid, signal.SIGKILL)
-        _, err = launcher.communicate(timeout=60)
+        _, err = launcher.communicate(timeout=120)
     finally:
         launcher.kill()
     assert launcher.returncode != 0

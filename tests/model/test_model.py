@@ -86,9 +86,11 @@ def test_chunked_loss_equals_the_whole_one_whatever_the_chunk(
     labels = torch.randint(0, 61, (45,), generator=g)
     labels[::7] = -100
     results = []
-    for rows, times in ((7, 0), (7, 1), (100, 0)):  # seven chunks, three, one
+    for rows, times, chunks in ((7, 0, 7), (7, 1, 3), (100, 0, 1)):
         monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", 64 * rows)
         monkeypatch.setattr(loss_module, "_TIMES_HIDDEN", times)
+        assert len(loss_module._chunks(h, w, training=True)) == chunks
+        assert len(loss_module._chunks(h, w)) == (7 if rows == 7 else 1)  # where no head's gradient is formed
         hh, ww = h.clone().requires_grad_(), w.clone().requires_grad_()
         loss = cross_entropy_sum(hh, ww, labels, Vocabulary(61))
         (loss * 0.25).backward()

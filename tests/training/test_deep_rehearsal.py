@@ -10,8 +10,9 @@ import pytest
 
 from distributed.pretending import alone
 from sisa_dist.config import RunConfig, load_config
-from sisa_dist.training.deep_rehearsal import few_layers
+from sisa_dist.training.deep_rehearsal import _Growth, few_layers
 from sisa_dist.training.estimate import Estimate, estimate
+from sisa_dist.training.work_meter import Call
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SMALL = ["model.n_layers=9", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=80"]
@@ -35,6 +36,8 @@ SLOW: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "fsdp2": (2, FSDP2),
     "fsdp2_prefetch": (2, [*FSDP2, "engine.prefetch=2", "model.n_layers=13"]),
+    "fsdp2_prefetch_1": (2, [*FSDP2, "engine.prefetch=1"]),
+    "fsdp2_moe_bias": (4, [*FSDP2, "model.mlp=moe", "model.moe={experts: 4, top_k: 2, balance: bias}"]),
     "fsdp2_kept": (2, [*FSDP2, "engine.reshard_after_forward=false"]),
     "fsdp2_offloaded": (2, [*FSDP2, "engine.cpu_offload=true", "engine.mlp_chunk=16"]),
     "fsdp2_moe": (4, [*FSDP2, *MOE]),
@@ -78,4 +81,18 @@ def test_layers_that_differ_are_played_all() -> None:
     assert few_layers(_config("engine.prefetch=2", "model.n_layers=12")) == (5, 6)
     assert few_layers(_config("model.n_layers=7")) is None
     assert few_layers(_config("model.mixer=[" + ", ".join(["sisa"] * 9) + "]")) is None
+    assert few_layers(_config("model.d_s=[" + ", ".join(["8"] * 9) + "]")) is None
+    assert few_layers(_config("model.ffn=[" + ", ".join(["sequential"] * 9) + "]")) is None
+    assert few_layers(_config("model.mlp=[" + ", ".join(["swiglu"] * 9) + "]")) is None
+    assert few_layers(_config("model.mixer=hymba", "model.d_s=null")) is None
     assert few_layers(_config("model.d_s={learned: true, max: 8, penalty: 5.0}")) is None
+
+
+def test_calls_of_all_layers_grow_and_others_become_more() -> None:
+    grow = _Growth(3, 4, 10)
+    of_a_layer = Call("forward", "aten::mm", "float32", 8.0, 12)
+    of_all = [Call("optimizer", "aten::_fused_adamw_", "float32", 0.0, 100 + 20 * layers) for layers in (3, 4, 10)]
+    grown = grow.calls(Counter({of_a_layer: 6, of_all[0]: 1}), Counter({of_a_layer: 8, of_all[1]: 1}))
+    assert grown == {of_a_layer: 20, of_all[2]: 1}
+    assert grow.calls(Counter({of_all[0]: 1}), Counter({of_all[1]: 2})) is None
+    assert grow.calls(Counter({of_all[0]: 1}), Counter({of_a_layer: 1})) is None
