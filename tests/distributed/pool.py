@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 240  # seconds of one job; those of the fast suite take ten at most on two quiet cores
-_THREADS = 120  # of a rank, from which a pool makes room for another
+_THREADS = 80  # of a rank, from which a pool makes room for another
 
 
 class RankFailed(Exception):

@@ -98,6 +98,10 @@ def assert_gradients_close(model: LM, got: Sequence[Tensor], want: Sequence[Tens
         assert_close(name, a, b, tolerance, scales[name.rpartition(".")[0]])
 
 
+def _slow(*values: object) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 # Under strong decay, and of W_θ under SSMax, gradients cancel: up to 1.4e-13 of their scale in fp64.
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow)]
@@ -136,7 +140,7 @@ def test_a_boundary_shifted_by_one_is_seen(name: str, shift: int) -> None:
         assert_close("logits", got, model(tokens[row : row + 1, place])[0], 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, *_slow(torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize(("name", "path", "option"), [case for case in GRID if case[2] in ("plain", "gqa")])
 def test_no_document_gives_another_a_gradient(name: str, path: str, option: str, dtype: torch.dtype) -> None:
     """d(logits of document i) / d(embedding of document j): exactly 0, and not 0 for j = i."""
@@ -150,7 +154,7 @@ def test_no_document_gives_another_a_gradient(name: str, path: str, option: str,
         assert gradient.count_nonzero() == inside.count_nonzero(), (row, place)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *_slow(torch.float64, torch.bfloat16)])
 @pytest.mark.parametrize(("name", "path", "option"), [case for case in GRID if case[2] in ("plain", "gqa")])
 def test_another_documents_tokens_move_no_bit(name: str, path: str, option: str, dtype: torch.dtype) -> None:
     """The dense oracle's running sums are rounded, and g is of the whole sequence: in its case up to that."""
