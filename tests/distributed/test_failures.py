@@ -28,7 +28,7 @@ from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.training.heartbeat import Beat, blame, read_beats
 from sisa_dist.training.trainer import train
 
-TIMEOUT_MINUTES = 0.1
+TIMEOUT_MINUTES = 0.4  # a busy machine has taken more than 6 s to begin
 PHASES = "next batch|label count|forward|backward|gradient norm|verdict|optimizer|results|checkpoint|evaluation"
 
 
@@ -74,7 +74,7 @@ def test_a_killed_or_stopped_rank_is_named(tiny: RunConfig, tmp_path: Path, numb
     assert pid is not None
     os.kill(pid, number)
     began = time.monotonic()
-    ranks[0].join(60 * TIMEOUT_MINUTES + 2)  # seconds of a busy machine's scheduling
+    ranks[0].join(60 * TIMEOUT_MINUTES + 20)  # seconds of a busy machine's scheduling
     took = time.monotonic() - began
     text = said(tmp_path / "ranks", 0)
     assert ranks[0].exitcode == 1, text
@@ -90,7 +90,7 @@ def test_a_killed_or_stopped_rank_is_named(tiny: RunConfig, tmp_path: Path, numb
 def test_a_rank_in_trouble_is_named_by_itself_and_the_other(tiny: RunConfig, tmp_path: Path, trouble: str) -> None:
     ranks = start_ranks(_train_with_trouble, 2, tmp_path / "ranks", long_run(tiny, tmp_path / "run"), trouble)
     pid = ranks[1].pid
-    assert exit_codes(ranks, timeout=60) == [1, 1]
+    assert exit_codes(ranks, timeout=180) == [1, 1]
     its_own, the_others = (said(tmp_path / "ranks", rank) for rank in (1, 0))
     start = rf"sisa: rank 1 on host {re.escape(socket.gethostname())} \(pid {pid}\), in step 3, forward: "
     if trouble == "hang":
