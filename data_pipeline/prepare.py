@@ -87,7 +87,7 @@ def prepare(config: RunConfig, *, force: bool = False, quiet: bool = False, size
         how = "" if unseen is None else f" by its settings; the input is not here ({unseen})"
         if made_by := made_elsewise(made):
             how = f", made by `{made_by}`"
-        console.print(f"{folder}: up to date{how}")
+        console.print(f"{folder}: up to date{how}", soft_wrap=True)
         return folder
     if made is None and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: not empty and not made by `sisa prepare`: name another data.folder")
