@@ -58,10 +58,9 @@ class Pool:
             if not ready:
                 missing = [rank for rank in range(len(self._pipes)) if rank not in threads]
                 raise RankFailed(f"ranks {missing} gave no result within {TIMEOUT} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank in [rank for rank, pipe in enumerate(self._pipes) if pipe in ready]:
                 try:
-                    told = pipe.recv()  # type: ignore[union-attr]
+                    told = self._pipes[rank].recv()
                 except EOFError:
                     raise RankFailed(f"rank {rank} died") from None
                 if rank in results:
