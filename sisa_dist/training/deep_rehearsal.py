@@ -113,24 +113,24 @@ class _Growth:
         def along(*terms: tuple[int, dict[str, int]]) -> dict[str, int]:
             return {purpose: sum(times * found[purpose] for times, found in terms) for purpose in terms[0][1]}
 
-        def grown(before: dict[str, int], after: dict[str, int], base: dict[str, int]) -> dict[str, int]:
-            return along((1, base), (self._more, after), (-self._more, before))
+        def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+            return along((1 - self._more, before), (self._more, after))
 
         whole: dict[str, dict[str, int]] = {}
         for moment, found in deeper.items():
             match = _MOMENT.fullmatch(moment)
             if match is None:
-                whole[moment] = grown(shallow[moment], found, shallow[moment])
+                whole[moment] = grown(shallow[moment], found)
                 continue
             name, number = match[1], int(match[2])
             for layer in self._layers(number, descending="backward" in name):
                 before = shallow[f"{name}{self._in_shallow(number)}"]
                 if not self._inside(number):
-                    whole[f"{name}{layer}"] = grown(before, found, before)
+                    whole[f"{name}{layer}"] = grown(before, found)
                     continue
                 first, second = (deeper[f"{name}{self._end + place}"] for place in (0, 1))
                 further = layer - self._end
-                at_first = grown(before, first, before)
+                at_first = grown(before, first)
                 whole[f"{name}{layer}"] = along((1, at_first), (further, second), (-further, first))
         return whole
 

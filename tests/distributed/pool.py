@@ -15,11 +15,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 240  # seconds of one job; those of the fast suite take ten at most on two quiet cores
+_IMPORTED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "deepspeed"]
+_IMPORTED += ["sisa_dist.engine", "sisa_dist.training.trainer"]
 _THREADS = 80  # of a rank, from which a pool makes room for another
 
 
@@ -33,7 +36,7 @@ class Pool:
     def __init__(self, world_size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.engine"])
+        context.set_forkserver_preload(_IMPORTED)
         self._pipes: list[Connection] = []
         self._processes = []
         self.worn = False
@@ -112,6 +115,9 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     backend = "gloo" if torch.cuda.device_count() < world_size else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    groups, library = _Groups(), dist.distributed_c10d
+    library._new_group_with_tag = groups.lend(library._new_group_with_tag)
+    gc.freeze()  # the modules: each job ends in a collection
     while True:
         try:
             function, arguments, options = pipe.recv()
@@ -123,25 +129,41 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
         del outcome
-        _drop_groups()
+        groups.used.clear()
+        _drop_engines()
         pipe.send(len(os.listdir("/proc/self/task")))
 
 
-def _drop_groups() -> None:
-    """Those that the job made. A gloo group has a thread that wakes a hundred times a second for as long as it lives:
-    two hundred of them on each of four ranks left no core to the tests."""
-    import torch.distributed as dist
+class _Groups:
+    """Every job is given the groups of the ones before. A gloo group has threads that wake a hundred times a second for
+    as long as anything refers to it (caches of DTensor, DeepSpeed's parameters): a few dozen on each of four ranks left
+    no core to the tests."""
 
-    gc.collect()
+    def __init__(self) -> None:
+        self.used: Counter[str] = Counter()
+        self._made: dict[tuple[str, int], Any] = {}
+
+    def lend(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """In place of torch's maker of groups: within a job none is given twice."""
+
+        def lent(*arguments: Any, **options: Any) -> Any:
+            alike = repr((arguments, sorted(options.items())))
+            key = (alike, self.used[alike])
+            self.used[alike] += 1
+            if key not in self._made:
+                self._made[key] = make(*arguments, **options)
+            return self._made[key]
+
+        return lent
+
+
+def _drop_engines() -> None:
+    """DeepSpeed's are held in a ring through autograd's hooks, which no collector sees."""
     deepspeed = sys.modules.get("deepspeed")
-    library: Any = dist
-    if deepspeed is not None and deepspeed.comm.is_initialized():
-        library = deepspeed.comm  # forgets them too
+    if deepspeed is not None:
         for engine in [found for found in gc.get_objects() if type(found) is deepspeed.DeepSpeedEngine]:
-            if "optimizer" in vars(engine):  # held in a ring through autograd's hooks, which no collector sees
+            if "optimizer" in vars(engine):
                 engine.destroy()
                 vars(engine.optimizer).clear()
                 vars(engine).clear()
-        gc.collect()
-    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
-        library.destroy_process_group(group)
+    gc.collect()

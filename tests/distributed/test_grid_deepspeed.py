@@ -109,7 +109,13 @@ def test_the_subset_has_every_stage_with_mixers_and_precisions() -> None:
     assert {(c.zero_stage, c.precision) for c in FAST} == set(itertools.product(range(4), ("fp32", "bf16")))
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        *((0, False), (1, True), (3, False)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, False), (2, True), (3, True))),
+    ],
+)
 def test_a_forgotten_tensor_model_parallel_flag_is_seen(stage: int, offload: bool) -> None:
     """Without it DeepSpeed counts a slice on the first tp rank alone: the norm and every clipped step are off."""
     engine = (("kind", "deepspeed"), ("zero_stage", stage), ("cpu_offload", offload))

@@ -1,7 +1,8 @@
 """A checkpoint goes on anywhere: any engine, any number of ranks, any split gives the steps the run itself went on to.
 
-The fast suite walks: one run that is moved every three steps, through every engine at every split, each place held
-against the one before, which went on too. The slow one takes the full product of places.
+The fast suite walks: one run that is moved every three steps, through every engine at half of the splits and every
+split, each place held against the one before, which went on too. The slow one walks through all of them so that every
+two values follow each other, and takes the full product of places.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PLACES = [
 VISITED = [
     place
     for place in PLACES
-    if place.tp == 1 or place.sp == bool((ENGINES.index(place.engine) + SPLITS.index((place.ranks, place.tp))) % 2)
+    if place.tp == 1 or place.sp == bool((ENGINES.index(place.engine) + SPLITS.index((place.ranks, place.tp))) // 2 % 2)
 ]
 HSDP = Place("fsdp2", 4, replicate=2)
 AXES = ("engine", "ranks", "tp", "sp")
@@ -49,7 +50,7 @@ BF16 = [
 ]
 
 
-def walk() -> list[Place]:
+def long_walk() -> list[Place]:
     """All of VISITED, in an order in which every pair of axis values occurs as a move from the one to the other."""
     missing = {
         (a, x, b, y)
@@ -76,7 +77,14 @@ def walk() -> list[Place]:
     return [*way, HSDP, *OFFLOADED, HSDP]
 
 
-WAY = walk()
+def short_walk() -> list[Place]:
+    """Every engine at three splits and every split, in an order in which engine, ranks or tp change all the time."""
+    chosen = [place for number, place in enumerate(VISITED) if (number + number // len(SPLITS)) % 2 == 0]
+    way = [place for turn in range(3) for place in chosen[turn::3]]
+    return [*(again for place in way for again in [place] * (1 + (place in LOOPS))), HSDP, *OFFLOADED, HSDP]
+
+
+WALKS = WAY, LONG_WAY = short_walk(), long_walk()
 
 
 @dataclass(frozen=True)
@@ -166,14 +174,15 @@ CONTEXT_WAY = [Place("fsdp2", 1), Place("fsdp2", 2, cp=2, cp_kind="ring"), Place
 CONTEXT_WAY += [Place("zero3", 4, cp=2), Place("fsdp2", 2, 2)]
 WAYS = {
     "every engine": (SISA, WAY),
+    "every pair": (SISA, LONG_WAY),
     "context": (SISA, CONTEXT_WAY),
     "bf16": (SISA, BF16),
     "mixed": (MIXED, MIXED_WAY),
     "gated": (GATED, MIXED_WAY),
 }
-STEPS = BEFORE * len(WAY) + AFTER
+SLOW = ("every pair", "mixed", "gated")
 MOVES = [
-    pytest.param(name, number, id=f"{a}->{b}", marks=[pytest.mark.slow] if name in ("mixed", "gated") else [])
+    pytest.param(name, number, id=f"{a}->{b}", marks=[pytest.mark.slow] * (name in SLOW))
     for name, (_, way) in WAYS.items()
     for number, (a, b) in enumerate(itertools.pairwise(way))
 ]
@@ -186,7 +195,11 @@ def walked(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     @functools.cache
     def along(name: str) -> list[Move]:
         model, way = WAYS[name]
-        return go(run_of(tiny_overrides, model, STEPS), way, tmp_path_factory.mktemp(name.replace(" ", "_")))
+        return go(
+            run_of(tiny_overrides, model, BEFORE * len(way) + AFTER),
+            way,
+            tmp_path_factory.mktemp(name.replace(" ", "_")),
+        )
 
     return along
 
@@ -199,23 +212,38 @@ def test_a_moved_run_goes_on_as_if_it_had_stayed(walked: Callable[[str], list[Mo
 def test_after_all_moves_it_is_still_the_run_of_one_process(
     walked: Callable[[str], list[Move]], tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    config = PLACES[0].config(run_of(tiny_overrides, SISA, STEPS), tmp_path)
-    want = run_job(1, trains, config, STEPS)[0].rows
+    steps = BEFORE * len(WAY) + AFTER
+    config = PLACES[0].config(run_of(tiny_overrides, SISA, steps), tmp_path)
+    want = run_job(1, trains, config, steps)[0].rows
     seen = set()
     for move in walked("every engine"):
         for step, (loss, _, digest) in move.moved.rows.items():
             assert digest == want[step][2] and abs(loss - want[step][0]) <= FP32, (move.place, step)
             seen.add(step)
-    assert len(seen) > STEPS - 2 * BEFORE
-    assert want[STEPS][0] < want[1][0] - 0.5, "it must have learnt something"
+    assert len(seen) > steps - 2 * BEFORE
+    assert want[steps][0] < want[1][0] - 0.5, "it must have learnt something"
 
 
-def test_the_walk_is_as_long_as_it_says() -> None:
-    assert len(PLACES) == 45 and len(VISITED) == 30 and {*VISITED, HSDP, *OFFLOADED} == set(WAY) and len(MOVES) >= 50
+def test_the_walks_are_as_long_as_they_say() -> None:
+    assert len(PLACES) == 45 and len(VISITED) == 30 and {*VISITED, HSDP, *OFFLOADED} == set(LONG_WAY)
     for a, b in itertools.product(AXES, AXES):
         for values in itertools.product(*({getattr(place, axis) for place in PLACES} for axis in (a, b))):
-            assert any((getattr(x, a), getattr(y, b)) == values for x, y in itertools.pairwise(WAY)), (a, b, values)
-    assert len(LOOPS) == 5 and all((place, place) in set(itertools.pairwise(WAY)) for place in LOOPS)
+            assert any((getattr(x, a), getattr(y, b)) == values for x, y in itertools.pairwise(LONG_WAY)), (
+                a,
+                b,
+                values,
+            )
+    assert len(LOOPS) == 5 and all((place, place) in set(itertools.pairwise(way)) for place in LOOPS for way in WALKS)
+    short = set(WAY) - {HSDP, *OFFLOADED}
+    assert (
+        len(short) == 15
+        and len(WAY) == 25
+        and all(sum(place.engine == each for place in short) == 3 for each in ENGINES)
+    )
+    assert {(place.ranks, place.tp) for place in short} == set(SPLITS) and {place.sp for place in short} == {
+        False,
+        True,
+    }
 
 
 ALL = [*PLACES, HSDP]
