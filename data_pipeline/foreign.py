@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -239,13 +240,19 @@ class _Reader:
             self.found.examples.append(str(error))
 
 
+# Python 3.11 counts the depth of the literals it parses once for all threads: where a collection lets another thread in,
+# a good header now and then ended in "SystemError: AST constructor recursion depth mismatch".
+_PARSING = threading.Lock()
+
+
 def _npy(head: bytes, entry: tarfile.TarInfo, where: str) -> _Ids:
     """From the first bytes of a .npy, which are parsed as a literal and never unpickled."""
     stream = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read(stream)
+        with _PARSING:
+            shape, _, dtype = read(stream)
     except Exception as error:  # NumPy's reader of garbage raises whatever the parsers below it do
         raise BadDocument("broken ids", f"{where}: no .npy ({one_line(error)}): {_LEAVE_OUT}") from None
     if dtype.kind not in "iu" or dtype.itemsize == 1 or dtype.newbyteorder("<") != dtype:

@@ -17,7 +17,7 @@ from sisa_dist.convert.conversion import convert, plan
 from sisa_dist.convert.tensors import num_bytes
 
 ROOT = Path(__file__).parents[2]
-WIDE: dict[str, Any] = {"mixer": "sisa", "d_s": 8, "d_model": 256, "d_ff": 1024, "n_layers": 8}
+WIDE: dict[str, Any] = {"mixer": "sisa", "d_s": 8, "d_model": 256, "d_ff": 1024, "n_layers": 3}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
+import tarfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import foreign
 from data_pipeline.foreign import Reading, index_tar
 from data_pipeline.index import Index
 from data_pipeline.loader import Loader
@@ -239,6 +244,43 @@ def test_what_the_user_has_to_say_is_asked_for(two_folders: tuple[Path, Path], t
             reindex(tmp_path / "out", entries, tokenizer=two_folders[0])
     with pytest.raises(UserError, match="exists"):
         reindex(out, [str(tmp_path / "t")], tokenizer=two_folders[0])
+
+
+def test_headers_are_read_by_many_threads_at_once() -> None:
+    """Without a lock some of these were refused by Python 3.11's parser, whose count of depth is of all threads."""
+    refused: list[BaseException] = []
+
+    class Yields:
+        def __init__(self) -> None:
+            self.itself = self  # only a collection frees it, in the middle of whatever runs
+
+        def __del__(self) -> None:
+            sum(range(3))
+
+    def read() -> None:
+        for number in range(800):
+            Yields()
+            content = npy(np.zeros(number % 7 + 1, np.uint16))
+            entry = tarfile.TarInfo("0.npy")
+            entry.size = len(content)
+            try:
+                foreign._npy(content, entry, "t.tar")
+            except BaseException as error:
+                refused.append(error)
+
+    thresholds, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(1, 1, 1)
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert not refused
 
 
 def test_held_out_shards(two_folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -11,14 +10,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from distributed.forking import forking
+
 TIMEOUT = 120
 
 
 def start_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[BaseProcess]:
     """`function(*arguments)` on every rank, over gloo; stderr goes to folder/stderrN, a SystemExit into the code."""
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.training.trainer"])
+    context = forking()
     processes: list[BaseProcess] = [
         context.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
         for rank in range(world_size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from distributed.forking import forking
+
 TIMEOUT = 240  # seconds of one job; those of the fast suite take ten at most on two quiet cores
-_IMPORTED = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "deepspeed"]
-_IMPORTED += ["sisa_dist.engine", "sisa_dist.training.trainer"]
 _THREADS = 80  # of a rank, from which a pool makes room for another
 
 
@@ -35,8 +34,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        context = forking()
         self._pipes: list[Connection] = []
         self._processes = []
         self.worn = False

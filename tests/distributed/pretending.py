@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+from distributed.forking import forking
 
 
 def alone(function: Callable[..., Any], *arguments: Any, timeout: float = 300, **options: Any) -> Any:
@@ -16,7 +17,7 @@ def alone(function: Callable[..., Any], *arguments: Any, timeout: float = 300, *
 
 @functools.cache
 def _executor() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver"), initializer=_one_thread)
+    return ProcessPoolExecutor(1, mp_context=forking(), initializer=_one_thread)
 
 
 def _one_thread() -> None:

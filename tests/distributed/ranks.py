@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import traceback
@@ -10,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distributed.forking import forking
+
 TIMEOUT = 180
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """`function(*arguments)` on every rank; their results by rank. Fails with the first rank's traceback."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sisa_dist.training.trainer"])
+    context = forking()
     processes = [
         context.Process(target=_rank, args=(rank, world_size, folder, function, arguments))
         for rank in range(world_size)

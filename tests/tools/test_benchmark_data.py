@@ -32,7 +32,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["2", pytest.param("1", marks=pytest.mark.slow)])
 def test_every_loader_has_its_row_and_serves_the_same_tokens(tmp_path: Path, in_process: None, workers: str) -> None:
     asked = arguments(tmp_path, "--workers", workers, "--loaders", "ours", "memory map", "webdataset")
     figures = benchmark_data.data(asked)

@@ -137,6 +137,7 @@ def test_end_to_end_killed_and_run_again(
     assert "begun with another training.steps (4, now 5)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_and_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # of processes: this tree, not an installed one
     comparison = Comparison(tmp_path, tiny_bases(tmp_path), ["attention"], 2, [1.0], {})

@@ -71,6 +71,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_runs_in_order_and_goes_on_where_it_was_killed(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from runs import losses
 from sisa_dist.config import load_config
 from sisa_dist.training.metrics_file import read_metrics
 
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
     assert saved and 5 <= saved[-1] < STEPS
     assert run_sweep.main(["status", str(grid)]) == 0
     assert f"missing   {run.name}  step {saved[-1]} of {STEPS}" in capfd.readouterr().out
-    two = ["--set=grids=[{mixers: [sisa], d_s: [8], tokens: [76800.0]}, {mixers: [attention], tokens: [2048.0]}]"]
+    two = ["--set=grids=[{mixers: [sisa], d_s: [8], tokens: [38400.0]}, {mixers: [attention], tokens: [2048.0]}]"]
     bad = out / "runs" / "a_attention_t2048_s0"
     bad.write_text("in the way", encoding="utf-8")
     assert run_sweep.main(["run", str(grid), *two]) == 1

@@ -15,7 +15,7 @@ from sisa_dist.training.estimate import Estimate, estimate
 from sisa_dist.training.work_meter import Call
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-SMALL = ["model.n_layers=9", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=80"]
+SMALL = ["model.n_layers=8", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=80"]
 SMALL += ["model.vocab_size=128", "training.seq_len=64", "training.micro_batch_size=1"]
 
 FSDP2, ZERO3 = ["engine.kind=fsdp2"], ["engine.kind=deepspeed", "engine.zero_stage=3"]
@@ -61,8 +61,9 @@ def _config(*overrides: str) -> RunConfig:
 
 
 def _both(world_size: int, overrides: list[str]) -> tuple[Estimate, Estimate]:
-    rounds = 3 * world_size * 64  # three micro-batches a rank where all ranks are data ranks
-    config = _config(f"training.global_batch_tokens={rounds}", *overrides)
+    parallel = _config(*overrides).parallel
+    two_each = 2 * 64 * world_size // (parallel.tp * parallel.cp)  # micro-batches of a data rank
+    config = _config(f"training.global_batch_tokens={two_each}", *overrides)
     assert few_layers(config) is not None
     return estimate(config, world_size=world_size), estimate(config, world_size=world_size, every_layer=True)
 
@@ -80,10 +81,10 @@ def test_layers_that_differ_are_played_all() -> None:
     assert few_layers(_config("engine.prefetch=2")) is None  # two at each end and one between: five and six
     assert few_layers(_config("engine.prefetch=2", "model.n_layers=12")) == (5, 6)
     assert few_layers(_config("model.n_layers=7")) is None
-    assert few_layers(_config("model.mixer=[" + ", ".join(["sisa"] * 9) + "]")) is None
-    assert few_layers(_config("model.d_s=[" + ", ".join(["8"] * 9) + "]")) is None
-    assert few_layers(_config("model.ffn=[" + ", ".join(["sequential"] * 9) + "]")) is None
-    assert few_layers(_config("model.mlp=[" + ", ".join(["swiglu"] * 9) + "]")) is None
+    assert few_layers(_config("model.mixer=[" + ", ".join(["sisa"] * 8) + "]")) is None
+    assert few_layers(_config("model.d_s=[" + ", ".join(["8"] * 8) + "]")) is None
+    assert few_layers(_config("model.ffn=[" + ", ".join(["sequential"] * 8) + "]")) is None
+    assert few_layers(_config("model.mlp=[" + ", ".join(["swiglu"] * 8) + "]")) is None
     assert few_layers(_config("model.mixer=hymba", "model.d_s=null")) is None
     assert few_layers(_config("model.d_s={learned: true, max: 8, penalty: 5.0}")) is None
 
