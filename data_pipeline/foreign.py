@@ -240,8 +240,8 @@ class _Reader:
             self.found.examples.append(str(error))
 
 
-# Python 3.11 counts the depth of the literals it parses once for all threads: where a collection lets another thread in,
-# a good header now and then ended in "SystemError: AST constructor recursion depth mismatch".
+# Python 3.11 counts the depth of parsed literals once for all threads: where a collection lets another thread in, a
+# good header now and then ended in "SystemError: AST constructor recursion depth mismatch".
 _PARSING = threading.Lock()
 
 
