@@ -88,21 +88,22 @@ class _Growth:
         return Counter({key: self.number(shallow[key], count) for key, count in deeper.items()})
 
     def calls(self, shallow: Counter[Call], deeper: Counter[Call]) -> Counter[Call] | None:
-        """Calls of all layers at once, of the optimizer, grow instead of becoming more: those of one size in the one
-        and another in the other rehearsal, paired in order. None: they do not pair."""
-        grown = Counter({call: self.number(shallow[call], count) for call, count in deeper.items() if call in shallow})
-        before = _by_operator(call for call in shallow if call not in deeper)
-        after = _by_operator(call for call in deeper if call not in shallow)
-        if before.keys() != after.keys():
+        """Of an operator that is not called more often by more layers, as the optimizer's of all weights at once, the
+        calls themselves grow, paired in order; of the others there are more. None: they are neither."""
+        grown: Counter[Call] = Counter()
+        ours, theirs = (_by_operator(calls.elements()) for calls in (shallow, deeper))
+        if ours.keys() != theirs.keys():
             return None
-        for operator, ours in before.items():
-            theirs = after[operator]
-            if [shallow[call] for call in ours] != [deeper[call] for call in theirs]:
+        for operator, before in ours.items():
+            after = theirs[operator]
+            if len(before) == len(after):
+                for one, other in zip(before, after, strict=True):
+                    flops = one.flops + self._more * (other.flops - one.flops)
+                    grown[one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))] += 1
+            elif set(before) == set(after):
+                grown.update({call: self.number(shallow[call], deeper[call]) for call in set(after)})
+            else:
                 return None
-            for one, other in zip(ours, theirs, strict=True):
-                flops = one.flops + self._more * (other.flops - one.flops)
-                whole = one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))
-                grown[whole] += shallow[one]
         return grown
 
     def moments(

@@ -51,7 +51,7 @@ SLOW: dict[str, tuple[int, list[str]]] = {
     "zero3": (2, ZERO3),
     "zero3_mlp_chunk": (2, [*ZERO3, *RECOMPUTED, "engine.mlp_chunk=16"]),
     "zero3_offloaded": (2, [*ZERO3, "engine.cpu_offload=true", "engine.precision=bf16"]),
-    "mamba2_tp2": (2, [*FSDP2, "model.mixer=mamba2", "model.d_s=null", "model.n_kv_heads=4", "parallel.tp=2"]),
+    "mamba2_tp2": (2, [*FSDP2, "model.mixer=mamba2", "model.d_s=null", "model.ssm={head_dim: 16}", "parallel.tp=2"]),
     "attention": (2, [*ZERO3, "model.mixer=attention", "model.d_s=null"]),
 }
 
