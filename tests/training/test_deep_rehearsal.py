@@ -95,5 +95,10 @@ def test_calls_of_all_layers_grow_and_others_become_more() -> None:
     of_all = [Call("optimizer", "aten::_fused_adamw_", "float32", 0.0, 100 + 20 * layers) for layers in (3, 4, 10)]
     grown = grow.calls(Counter({of_a_layer: 6, of_all[0]: 1}), Counter({of_a_layer: 8, of_all[1]: 1}))
     assert grown == {of_a_layer: 20, of_all[2]: 1}
+    # Another group of weights whose bytes at three layers are the first one's at four.
+    other = [of_all[0]._replace(nbytes=120 + 20 * layers) for layers in (3, 4, 10)]
+    assert other[0] == of_all[1]
+    groups = [Counter(pair) for pair in zip(of_all, other, strict=True)]
+    assert grow.calls(*groups[:2]) == groups[2]
     assert grow.calls(Counter({of_all[0]: 1}), Counter({of_all[1]: 2})) is None
     assert grow.calls(Counter({of_all[0]: 1}), Counter({of_a_layer: 1})) is None
