@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from sisa_dist.config import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def draw_retrieval(found: Mapping[str, Any], path: Path, *, title: str) -> None:
@@ -19,7 +20,7 @@ def draw_retrieval(found: Mapping[str, Any], path: Path, *, title: str) -> None:
     """
     lengths, tasks = found["lengths"], found["tasks"]
     width = max(3.0, 0.8 * len(lengths) + 1.4)
-    figure = Figure(figsize=(width * len(tasks), 0.42 * len(found["depths"]) + 2.0), layout="constrained")
+    figure = _figure(figsize=(width * len(tasks), 0.42 * len(found["depths"]) + 2.0))
     figure.suptitle(f"{title} · effective length {found['effective_length'] or 'none'}", x=0.01, ha="left")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     image = None
@@ -45,7 +46,7 @@ def draw_positions(tables: Mapping[str, Mapping[str, Any]], path: Path, *, title
 
     Raises UserError where the picture cannot be written.
     """
-    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    figure = _figure(figsize=(7.0, 4.0))
     axis: Axes = figure.subplots()
     longest = 0
     for name, table in tables.items():
@@ -59,6 +60,13 @@ def draw_positions(tables: Mapping[str, Mapping[str, Any]], path: Path, *, title
     axis.set_title(title, loc="left")
     axis.legend(frameon=False)
     _save(figure, path)
+
+
+def _figure(**options: Any) -> Figure:
+    """Matplotlib takes half a second to import, of every rank of every run: only those that draw do."""
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **options)
 
 
 def _save(figure: Figure, path: Path) -> None:

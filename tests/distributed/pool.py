@@ -1,28 +1,34 @@
 """Pools of gloo processes that stay: a job costs milliseconds, so hundreds of cases fit into a test run.
 
-One pool a world size, started when first needed. A rank that raises while others wait in a collective would hang
-them, so a pool with a failure is killed, and the next job starts another.
+One pool a world size, started when first needed and stopped (SIGSTOP) between jobs: gloo's threads wake a hundred
+times a second, and some forty idle ranks would take a fifth of a core from the tests. A rank that raises while others
+wait in a collective would hang them, so a pool with a failure is killed, and the next job starts another.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from distributed.forking import forking
 
 TIMEOUT = 240  # seconds of one job; those of the fast suite take ten at most on two quiet cores
-_THREADS = 80  # of a rank, from which a pool makes room for another
 
 
 class RankFailed(Exception):
@@ -37,7 +43,6 @@ class Pool:
         context = forking()
         self._pipes: list[Connection] = []
         self._processes = []
-        self.worn = False
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world_size, self._folder.name, theirs), daemon=True)
@@ -48,16 +53,17 @@ class Pool:
 
     def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
         """`function(*arguments, **options)` on every rank; results by rank. RankFailed if one raises or hangs."""
+        self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send((function, arguments, options))
         results: dict[int, Any] = {}
-        threads: dict[int, int] = {}  # of each rank that has cleared away what the job left
+        cleared: set[int] = set()  # ranks that have put away what the job left
         deadline = time.monotonic() + TIMEOUT
-        while len(threads) < len(self._pipes):
-            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in threads]
+        while len(cleared) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in cleared]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                missing = [rank for rank in range(len(self._pipes)) if rank not in threads]
+                missing = [rank for rank in range(len(self._pipes)) if rank not in cleared]
                 raise RankFailed(f"ranks {missing} gave no result within {TIMEOUT} s")
             for rank in [rank for rank, pipe in enumerate(self._pipes) if pipe in ready]:
                 try:
@@ -65,13 +71,20 @@ class Pool:
                 except EOFError:
                     raise RankFailed(f"rank {rank} died") from None
                 if rank in results:
-                    threads[rank] = told
+                    cleared.add(rank)
                     continue
                 good, results[rank] = told
                 if not good:
                     raise RankFailed(f"rank {rank}:\n{results[rank]}")
-        self.worn = max(threads.values()) > _THREADS
+        self._signal(signal.SIGSTOP)
         return [results[rank] for rank in range(len(self._pipes))]
+
+    def _signal(self, number: signal.Signals) -> None:
+        if torch.cuda.is_available():
+            return  # NCCL's watchdog would take the pause for a hang
+        for process in self._processes:
+            assert process.pid is not None
+            os.kill(process.pid, number)
 
     def kill(self) -> None:
         for process in self._processes:
@@ -86,8 +99,6 @@ _POOLS: dict[int, Pool] = {}
 
 def run_job(world_size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
     """`function(*arguments, **options)` on the ranks of the pool of `world_size`."""
-    if world_size in _POOLS and _POOLS[world_size].worn:
-        _POOLS.pop(world_size).kill()
     pool = _POOLS.get(world_size) or _POOLS.setdefault(world_size, Pool(world_size))
     try:
         return pool.run(function, *arguments, **options)
@@ -103,11 +114,12 @@ def _close() -> None:
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
+    # A stopped rank does not see its pipe's end, so it is to die with the server (PR_SET_PDEATHSIG), which leaves where
+    # nobody holds the other end of its own pipe any more: a rank would, by what it is given.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     # Looking at whole tensors under tp × dp gathers twice, which is slow and of no account here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -115,8 +127,8 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     groups, library = _Groups(), dist.distributed_c10d
     library._new_group_with_tag = groups.lend(library._new_group_with_tag)
-    gc.freeze()  # the modules: each job ends in a collection
     while True:
+        gc.freeze()  # the modules imported till now: going through them in every collection took a fifth of a job
         try:
             function, arguments, options = pipe.recv()
         except EOFError:
@@ -129,7 +141,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         del outcome
         groups.used.clear()
         _drop_engines()
-        pipe.send(len(os.listdir("/proc/self/task")))
+        pipe.send(None)
 
 
 class _Groups:

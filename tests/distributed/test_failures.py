@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from distributed.launched import exit_codes, said, start_ranks, wait_for
 from distributed.ranks import run_ranks
+from runs import losses
 from sisa_dist.checkpoint import list_checkpoints
 from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
 from sisa_dist.engine import build_engine, build_log
@@ -104,7 +105,7 @@ def test_a_rank_in_trouble_is_named_by_itself_and_the_other(tiny: RunConfig, tmp
         assert _named(the_others, 1, pid, "it failed first, with ValueError: no such expert"), the_others
 
 
-def test_under_torchrun_everybody_goes(tiny: RunConfig, tmp_path: Path) -> None:
+def test_torchrun_trains_and_where_a_rank_is_killed_everybody_goes(tiny: RunConfig, tmp_path: Path) -> None:
     launcher, beats = _torchrun(long_run(tiny, tmp_path / "run"), tmp_path)
     try:
         os.kill(beats[1].pid, signal.SIGKILL)
@@ -113,6 +114,8 @@ def test_under_torchrun_everybody_goes(tiny: RunConfig, tmp_path: Path) -> None:
         launcher.kill()
     assert launcher.returncode != 0
     assert _named(err, 1, beats[1].pid, "its process is gone"), err
+    steps = [row[0] for row in losses(tmp_path / "run")]
+    assert steps == list(range(1, len(steps) + 1))
     assert not any(Path(f"/proc/{beat.pid}").exists() for beat in beats.values())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +11,7 @@ import torch
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.checkpoint import list_checkpoints
-from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
+from sisa_dist.config import ParallelConfig, RunConfig, UserError
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training import trainer
@@ -137,21 +135,15 @@ def test_a_run_moves_between_tensor_parallel_layouts(tiny: RunConfig, tmp_path: 
             assert (got[key] - tensor).abs().max() < (1e-4 if key.startswith("model.") else 1e-6), key
 
 
-def test_torchrun_trains_and_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_path: Path) -> None:
-    config = _with(tiny, tmp_path / "run", training={"micro_batch_size": 1, "steps": 2, "eval_every": None})
-    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "sisa_dist.cli", "train", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert [row[0] for row in losses(tmp_path / "run")] == [1, 2]
+def test_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"parallel\.dp = 1 × 3 but 1 process"):
         train(_with(tiny, tmp_path / "x", parallel={"dp": 3}), quiet=True)
-    refused = subprocess.run(
-        [*command, "--set", "training.global_batch_tokens=192", "--set", f"output_dir={tmp_path / 'y'}"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert refused.returncode != 0
-    assert "set it to 128 or 256" in refused.stderr
+    uneven = _with(tiny, tmp_path / "y", training={"global_batch_tokens": 192, "micro_batch_size": 1})
+    assert all("set it to 128 or 256" in said for said in run_ranks(_refused, 2, tmp_path, uneven))
+    assert not (tmp_path / "y").exists()
+
+
+def _refused(config: RunConfig) -> str:
+    with pytest.raises(UserError) as refused:
+        train(config, quiet=True)
+    return str(refused.value)

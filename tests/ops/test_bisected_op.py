@@ -29,7 +29,7 @@ DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0,
     ],
 )
 def test_gradcheck(kwargs, doc_ids, leaf):
-    x = make(11, **{"kv_heads": 2, "d_h": 4, "size": 0.5, **kwargs})
+    x = make(11, **{"kv_heads": 2, "d_h": 2, "size": 0.5, **kwargs})
 
     def of(*inputs):
         named = dict(zip(x, inputs, strict=True))
