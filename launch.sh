@@ -39,11 +39,13 @@ setup() {
     # Without pip it is what an interrupted first time left.
     "$py" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
     # torch by its exact version first, so that nothing else decides which build is taken.
-    "$py" -m pip install --quiet --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
+    "$py" -m pip install --quiet --no-compile --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
     # DeepSpeed compiles no kernel here (DS_BUILD_OPS=0), nor do we use one that it would compile at run time.
     [ "$(gpus)" -gt 0 ] || cpu=(DS_ACCELERATOR=cpu)
-    env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --constraint constraints.txt \
+    env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --no-compile --constraint constraints.txt \
         --editable '.[test,deepspeed]'
+    # pip compiles on one core. Some packages ship templates that are no Python, which it passes over too.
+    "$py" -m compileall -qq -j 0 "$venv/lib" || true
     echo "$wanted" >"$stamp"
 }
 
@@ -297,7 +299,8 @@ compare)
     ;;
 test)
     setup
-    run "$py" -m pytest -n auto --dist loadfile "$@" # a process a core; -n 0: in one
+    # A process a core, and one for the tests that wait; -n 0: in one.
+    run "$py" -m pytest -n $(($(nproc) + 1)) --dist loadfile "$@"
     ;;
 prepare | data | eval | lm-eval | generate | stages | estimate | report | doctor)
     setup

@@ -140,7 +140,6 @@ def test_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_path: Path) -> None:
         train(_with(tiny, tmp_path / "x", parallel={"dp": 3}), quiet=True)
     uneven = _with(tiny, tmp_path / "y", training={"global_batch_tokens": 192, "micro_batch_size": 1})
     assert all("set it to 128 or 256" in said for said in run_ranks(_refused, 2, tmp_path, uneven))
-    assert not (tmp_path / "y").exists()
 
 
 def _refused(config: RunConfig) -> str:

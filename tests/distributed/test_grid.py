@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from distributed.comparing import errors, red
+from distributed.comparing import FP32, errors, red
 from distributed.grid import AXES, PROMISED, STEPS, Case, Outcome, covering_subset, full_product, run_case, run_plain
 from distributed.mutations import MUTATIONS
 from distributed.pool import RankFailed, run_job
@@ -31,7 +31,8 @@ def check(case: Case, *, least: int = 60) -> None:
     got = run_job(case.world_size, run_case, case)[0]
     clip = case.config().optimizer.grad_clip
     assert clip is not None and min(want.norms) > clip, "clipping must be active"
-    assert all((want.final[name] - tensor).abs().max() > 5e-5 for name, tensor in want.initial.items())
+    moved = 5 * FP32  # at least: of jamba's dt_norm it is 9 in three steps
+    assert all((want.final[name] - tensor).abs().max() > moved for name, tensor in want.initial.items())
     found = errors(case, got, want)
     assert len(found) > least
     assert not red(found)
@@ -57,7 +58,14 @@ STYLED = [
 ]
 
 
-@pytest.mark.parametrize("case", sorted(STYLED, key=lambda case: case.world_size), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case.precision == "bf16"))  # which hides more than it shows
+        for case in sorted(STYLED, key=lambda case: case.world_size)
+    ],
+    ids=str,
+)
 def test_another_familys_block_or_rope_equals_one_process(case: Case) -> None:
     check(case)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -42,12 +42,9 @@ AXES = ("engine", "ranks", "tp", "sp")
 LOOPED = [("fsdp2", 4, 2), ("zero0", 2, 1), ("zero1", 2, 2), ("zero2", 2, 1), ("zero3", 4, 2)]
 LOOPS = [place for place in VISITED if (place.engine, place.ranks, place.tp) in LOOPED]
 OFFLOADED = [Place(engine, 2, offload=True) for engine in ("zero3", "fsdp2", "zero1")]
-BF16 = [
-    *(Place("fsdp2", 2, precision="bf16"), Place("zero2", 2, 2, precision="bf16")),
-    *(Place("zero3", 2, precision="bf16"), Place("fsdp2", 1, precision="bf16"), Place("zero1", 2, precision="bf16")),
-    *(Place("zero1", 2, precision="bf16"), Place("fsdp2", 2, 2, True, precision="bf16")),
-    Place("fsdp2", 2, 2, True, precision="bf16"),
-]
+BF16 = [Place("fsdp2", 2), Place("zero2", 2, 2), Place("zero3", 2), Place("fsdp2", 1), Place("zero1", 2)]
+BF16 += [Place("zero1", 2), Place("fsdp2", 2, 2, True)]
+BF16 = [replace(place, precision="bf16") for place in BF16]
 
 
 def long_walk() -> list[Place]:
@@ -77,10 +74,13 @@ def long_walk() -> list[Place]:
     return [*way, HSDP, *OFFLOADED, HSDP]
 
 
+_ORDERS = ((0, 1, 2, 3, 4), (2, 0, 3, 1, 4), (3, 0, 4, 2, 1))
+
+
 def short_walk() -> list[Place]:
-    """Every engine at three splits, and every split: half of VISITED."""
+    """Every engine at three splits, and every split: half of VISITED; the engines in another order each time."""
     chosen = [place for number, place in enumerate(VISITED) if (number + number // len(SPLITS)) % 2 == 0]
-    way = [place for turn in range(3) for place in chosen[turn::3]]
+    way = [chosen[turn::3][order] for turn, orders in enumerate(_ORDERS) for order in orders]
     return [*(again for place in way for again in [place] * (1 + (place in LOOPS))), HSDP, *OFFLOADED, HSDP]
 
 
@@ -239,6 +239,8 @@ def test_the_walks_are_as_long_as_they_say() -> None:
     assert all(sum(place.engine == each for place in short) == 3 for each in ENGINES)
     assert {(place.ranks, place.tp) for place in short} == set(SPLITS)
     assert {place.sp for place in short} == {False, True}
+    changes = {(a.engine, b.engine) for a, b in itertools.pairwise(WAY)}
+    assert len(changes) >= 20 and len({a for a, b in changes if a != b}) == len(ENGINES)
 
 
 ALL = [*PLACES, HSDP]
