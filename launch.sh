@@ -84,7 +84,7 @@ prepare() {
     run "$venv/bin/sisa" prepare "${arguments[@]}"
 }
 
-gpus() { "$py" -c 'import torch; print(torch.cuda.device_count())'; }
+gpus() { "$py" -W ignore -c 'import torch; print(torch.cuda.device_count())'; }
 
 # The network interface by which this host meets the others at host $1. Left alone, gloo takes the address of this
 # host's own name, which /etc/hosts often makes loopback; so may the meeting host's own view of its name.
@@ -299,8 +299,8 @@ compare)
     ;;
 test)
     setup
-    # A process a core, and one for the tests that wait; -n 0: in one.
-    run "$py" -m pytest -n $(($(nproc) + 1)) --dist loadfile "$@"
+    # A process a core (-n 0: in one), and files in the order that tests/conftest.py gives them.
+    run "$py" -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder "$@"
     ;;
 prepare | data | eval | lm-eval | generate | stages | estimate | report | doctor)
     setup

@@ -253,6 +253,8 @@ def _npy(head: bytes, entry: tarfile.TarInfo, where: str) -> _Ids:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         with _PARSING:
             shape, _, dtype = read(stream)
+    except SystemError:  # the parser's own, which says nothing of the header
+        raise
     except Exception as error:  # NumPy's reader of garbage raises whatever the parsers below it do
         raise BadDocument("broken ids", f"{where}: no .npy ({one_line(error)}): {_LEAVE_OUT}") from None
     if dtype.kind not in "iu" or dtype.itemsize == 1 or dtype.newbyteorder("<") != dtype:

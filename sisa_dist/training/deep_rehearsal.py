@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,20 +88,21 @@ class _Growth:
         return Counter({key: self.number(shallow[key], count) for key, count in deeper.items()})
 
     def calls(self, shallow: Counter[Call], deeper: Counter[Call]) -> Counter[Call] | None:
-        """Of an operator that is not called more often by more layers, as the optimizer's of all weights at once, the
-        calls themselves grow, paired in order; of the others there are more. None: they are neither."""
+        """Of an operator that more layers do not call more often, as the optimizer's of all weights at once, the calls
+        themselves grow, in the order they first came and equal ones together; of the others there are more. None: of
+        some operator neither is true."""
         grown: Counter[Call] = Counter()
-        ours, theirs = (_by_operator(calls.elements()) for calls in (shallow, deeper))
+        ours, theirs = _by_operator(shallow), _by_operator(deeper)
         if ours.keys() != theirs.keys():
             return None
-        for operator, before in ours.items():
-            after = theirs[operator]
-            if len(before) == len(after):
-                for one, other in zip(before, after, strict=True):
+        for operator, after in theirs.items():
+            before = ours[operator]
+            if before.total() == after.total():
+                for one, other, times in _paired(before, after):
                     flops = one.flops + self._more * (other.flops - one.flops)
-                    grown[one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))] += 1
-            elif set(before) == set(after):
-                grown.update({call: self.number(shallow[call], deeper[call]) for call in set(after)})
+                    grown[one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))] += times
+            elif before.keys() == after.keys():
+                grown.update({call: self.number(before[call], times) for call, times in after.items()})
             else:
                 return None
         return grown
@@ -179,8 +180,21 @@ class _Growth:
         return list(reversed(between) if descending else between)
 
 
-def _by_operator(calls: Iterable[Call]) -> dict[tuple[str, str, str], list[Call]]:
-    found: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
-    for call in calls:
-        found[call.phase, call.operator, call.dtype].append(call)
+def _by_operator(calls: Counter[Call]) -> dict[tuple[str, str, str], Counter[Call]]:
+    found: dict[tuple[str, str, str], Counter[Call]] = defaultdict(Counter)
+    for call, times in calls.items():
+        found[call.phase, call.operator, call.dtype][call] = times
     return found
+
+
+def _paired(before: Counter[Call], after: Counter[Call]) -> Iterator[tuple[Call, Call, int]]:
+    """The calls of two counters of one total side by side, and how often each pair is one."""
+    ones, others = list(before.items()), list(after.items())
+    while ones:
+        (one, left), (other, right) = ones.pop(0), others.pop(0)
+        times = min(left, right)
+        yield one, other, times
+        if left > times:
+            ones.insert(0, (one, left - times))
+        if right > times:
+            others.insert(0, (other, right - times))

@@ -82,7 +82,9 @@ def _tokenizer(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("topology", [(0, 1, 1), (2, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize(
+    "topology", [*(pytest.param(t, marks=pytest.mark.slow) for t in [(0, 1, 1), (2, 2, 1)]), (3, 2, 2)]
+)
 def test_deepspeed_and_back_to_the_bit(
     make_checkpoint: Callable[..., Any], tmp_path: Path, topology: tuple[int, int, int]
 ) -> None:

@@ -145,9 +145,12 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
 
 
 class _Groups:
-    """Every job is given the groups of the ones before. A gloo group has threads that wake a hundred times a second for
-    as long as anything refers to it (caches of DTensor, DeepSpeed's parameters): a few dozen on each of four ranks left
-    no core to the tests."""
+    """Every job is given the groups of the ones before, in place of new ones. A gloo group has threads that wake a
+    hundred times a second for as long as anything refers to it (caches of DTensor, DeepSpeed's parameters): a few dozen
+    on each of four ranks left no core to the tests, and destroying a group does not end them.
+
+    So jobs share a group's timeout and whatever message nobody received; what needs a group of its own kind has
+    processes of its own (ranks.py, launched.py)."""
 
     def __init__(self) -> None:
         self.used: Counter[str] = Counter()
@@ -158,6 +161,8 @@ class _Groups:
 
         def lent(*arguments: Any, **options: Any) -> Any:
             alike = repr((arguments, sorted(options.items())))
+            if " object at 0x" in alike:  # options whose text says where they lie, which may be elsewhere on a rank
+                return make(*arguments, **options)
             key = (alike, self.used[alike])
             self.used[alike] += 1
             if key not in self._made:
@@ -168,9 +173,10 @@ class _Groups:
 
 
 def _drop_engines() -> None:
-    """DeepSpeed's are held in a ring through autograd's hooks, which no collector sees."""
+    """DeepSpeed's are held in a ring through autograd's hooks, which no collector sees; its groups by its modules."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None:
+        deepspeed.utils.groups._release_process_group_references()
         for engine in [found for found in gc.get_objects() if type(found) is deepspeed.DeepSpeedEngine]:
             if "optimizer" in vars(engine):
                 engine.destroy()

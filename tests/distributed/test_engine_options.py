@@ -21,17 +21,17 @@ from sisa_dist.parallel.mesh import init_mesh
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("tp1", {"cpu_offload": True}),
     ("tp2_dp2", {"cpu_offload": True, "reshard_after_forward": False}),
-    ("dp2", {"prefetch": 2}),
     ("tp4_sp", {"overlap": False}),
     ("hsdp_2x2", {"prefetch": 1, "reshard_after_forward": False}),
-    ("tp2_dp2_sp", {"check_every": 1}),
     ("hsdp_2x2", {"check_every": 2}),
     ("tp2_dp2_sp", {"mlp_chunk": 8}),  # 20 tokens a rank: the last chunk is short
     ("dp2", {"mlp_chunk": 16, "activation_checkpointing": True, "activation_offload": True}),
-    ("tp2", {"kind": "deepspeed", "mlp_chunk": 16}),
     ("dp2", {"kind": "deepspeed", "mlp_chunk": 16, "activation_checkpointing": True, "activation_offload": True}),
 ]
 SLOW = [
+    ("dp2", {"prefetch": 2}),
+    ("tp2_dp2_sp", {"check_every": 1}),
+    ("tp2", {"kind": "deepspeed", "mlp_chunk": 16}),
     ("dp2", {"compile": True}),
     ("tp1", {"compile": True}),
     ("tp2_sp", {"compile": True}),

@@ -173,7 +173,11 @@ def test_another_documents_tokens_move_no_bit(name: str, path: str, option: str,
             assert_close("logits", after, before[row, place], 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("sizes", [[T], [20, T - 20], [9, 1, 1, 12, *[1] * (T - 23)]], ids=["once", "two", "tokens"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[T], *_slow([20, T - 20]), [9, 1, 1, 12, *[1] * (T - 23)]],
+    ids=["once", "two", "tokens"],
+)
 @pytest.mark.parametrize(("name", "option"), NAMES)
 def test_a_cache_keeps_packed_documents_apart(name: str, option: str, sizes: list[int]) -> None:
     tokens, _, doc_ids, places = packed()

@@ -63,11 +63,8 @@ def test_killed_and_run_again_it_goes_on_and_a_failed_run_is_named(
     assert saved and 5 <= saved[-1] < STEPS
     assert run_sweep.main(["status", str(grid)]) == 0
     assert f"missing   {run.name}  step {saved[-1]} of {STEPS}" in capfd.readouterr().out
-    first, second = (
-        f"{{mixers: [sisa], d_s: [8], tokens: [{STEPS * 256}.0]}}",
-        "{mixers: [attention], tokens: [2048.0]}",
-    )
-    two = [f"--set=grids=[{first}, {second}]"]
+    good = f"{{mixers: [sisa], d_s: [8], tokens: [{STEPS * 256}.0]}}"
+    two = [f"--set=grids=[{good}, {{mixers: [attention], tokens: [2048.0]}}]"]
     bad = out / "runs" / "a_attention_t2048_s0"
     bad.write_text("in the way", encoding="utf-8")
     assert run_sweep.main(["run", str(grid), *two]) == 1

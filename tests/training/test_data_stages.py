@@ -35,6 +35,7 @@ def second(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("second")
     own = dict(override.split("=", 1) for override in tiny_overrides)
     text = "".join(source.read_text(encoding="utf-8") for source in sorted(Path(__file__).parent.glob("*.py")))
+    assert len(text) >= 20 * 5000
     for number in range(20):  # of one size however many tests there are: epochs of it are counted below
         (folder / f"{number}.txt").write_text(text[number * 5000 :][:5000], encoding="utf-8")
     tree = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from distributed.pretending import alone
 from sisa_dist.config import RunConfig, load_config
+from sisa_dist.training import deep_rehearsal
 from sisa_dist.training.deep_rehearsal import _Growth, few_layers
 from sisa_dist.training.estimate import Estimate, estimate
 from sisa_dist.training.work_meter import Call
@@ -24,7 +26,7 @@ RECOMPUTED = ["engine.activation_checkpointing=true"]
 MOE = ["model.mlp=moe", "model.moe={experts: 4, top_k: 2}", "parallel.ep=2"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=bf16"]
 CASES: dict[str, tuple[int, list[str]]] = {  # name → (world size, what differs)
-    "fsdp2_sp_checkpointing": (4, [*FSDP2, *SP, *RECOMPUTED]),
+    "fsdp2": (2, FSDP2),
     "zero3_buckets_checkpointing": (
         2,
         [*ZERO3, *RECOMPUTED, f"engine.deepspeed_config={{zero_optimization: {{{BUCKETS}}}}}"],
@@ -34,7 +36,7 @@ SLOW: dict[str, tuple[int, list[str]]] = {
     "one_offloaded": (1, [*RECOMPUTED, "engine.activation_offload=true", "engine.cpu_offload=true"]),
     "zero2_moe": (4, ["engine.kind=deepspeed", "engine.zero_stage=2", *MOE]),
     "one": (1, []),
-    "fsdp2": (2, FSDP2),
+    "fsdp2_sp_checkpointing": (4, [*FSDP2, *SP, *RECOMPUTED]),
     "fsdp2_prefetch": (2, [*FSDP2, "engine.prefetch=2", "model.n_layers=13"]),
     "fsdp2_prefetch_1": (2, [*FSDP2, "engine.prefetch=1"]),
     "fsdp2_moe_bias": (4, [*FSDP2, "model.mlp=moe", "model.moe={experts: 4, top_k: 2, balance: bias}"]),
@@ -60,17 +62,20 @@ def _config(*overrides: str) -> RunConfig:
     return load_config(QUICKSTART, [*SMALL, *overrides])
 
 
-def _both(world_size: int, overrides: list[str]) -> tuple[Estimate, Estimate]:
+def _both(world_size: int, overrides: list[str], rounds: int) -> tuple[Estimate, Estimate]:
+    """Of `rounds` micro-batches a data rank: told from few layers, and of all of them played."""
     parallel = _config(*overrides).parallel
-    two_each = 2 * 64 * world_size // (parallel.tp * parallel.cp)  # micro-batches of a data rank
-    config = _config(f"training.global_batch_tokens={two_each}", *overrides)
-    assert few_layers(config) is not None
-    return estimate(config, world_size=world_size), estimate(config, world_size=world_size, every_layer=True)
+    batch_tokens = rounds * 64 * world_size // (parallel.tp * parallel.cp)
+    config = _config(f"training.global_batch_tokens={batch_tokens}", *overrides)
+    with mock.patch.object(deep_rehearsal, "rehearse_step", wraps=deep_rehearsal.rehearse_step) as played:
+        told = estimate(config, world_size=world_size)
+    assert tuple(call.args[0].model.n_layers for call in played.call_args_list) == few_layers(config)
+    return told, estimate(config, world_size=world_size, every_layer=True)
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_few_layers_tell_of_all(name: str) -> None:
-    told, played = alone(_both, *(CASES | SLOW)[name])
+    told, played = alone(_both, *(CASES | SLOW)[name], rounds=2 if name in CASES else 3)
     assert Counter(told.work) == Counter(played.work) and len(told.work) > 20
     assert told.traffic == played.traffic
     assert dataclasses.replace(told, work=()) == dataclasses.replace(played, work=())
@@ -100,5 +105,10 @@ def test_calls_of_all_layers_grow_and_others_become_more() -> None:
     assert other[0] == of_all[1]
     groups = [Counter(pair) for pair in zip(of_all, other, strict=True)]
     assert grow.calls(*groups[:2]) == groups[2]
+    # Equal ones are taken together, and only their sum is of the one group or the other then.
+    often = [Counter({of_all[n]: 3, other[n]: 2}) for n in range(2)]
+    grown = grow.calls(*often)
+    assert grown is not None and grown.total() == 5
+    assert sum(call.nbytes * times for call, times in grown.items()) == 3 * of_all[2].nbytes + 2 * other[2].nbytes
     assert grow.calls(Counter({of_all[0]: 1}), Counter({of_all[1]: 2})) is None
     assert grow.calls(Counter({of_all[0]: 1}), Counter({of_a_layer: 1})) is None
