@@ -44,8 +44,11 @@ setup() {
     [ "$(gpus)" -gt 0 ] || cpu=(DS_ACCELERATOR=cpu)
     env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --no-compile --constraint constraints.txt \
         --editable '.[test,deepspeed]'
-    # pip compiles on one core. Some packages ship templates that are no Python, which it passes over too.
+    # pip compiles on one core. Some packages ship templates that are no Python, which it passes over too; it takes
+    # Ctrl-C for one of them.
+    trap 'exit 130' INT
     "$py" -m compileall -qq -j 0 "$venv/lib" || true
+    trap - INT
     echo "$wanted" >"$stamp"
 }
 
@@ -84,7 +87,7 @@ prepare() {
     run "$venv/bin/sisa" prepare "${arguments[@]}"
 }
 
-gpus() { "$py" -W ignore -c 'import torch; print(torch.cuda.device_count())'; }
+gpus() { PYTHONWARNINGS=ignore "$py" -c 'import torch; print(torch.cuda.device_count())'; }
 
 # The network interface by which this host meets the others at host $1. Left alone, gloo takes the address of this
 # host's own name, which /etc/hosts often makes loopback; so may the meeting host's own view of its name.
@@ -300,7 +303,7 @@ compare)
 test)
     setup
     # A process a core (-n 0: in one), and files in the order that tests/conftest.py gives them.
-    run "$py" -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder "$@"
+    run "$py" -m pytest -n "$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)" --dist loadfile --no-loadscope-reorder "$@"
     ;;
 prepare | data | eval | lm-eval | generate | stages | estimate | report | doctor)
     setup

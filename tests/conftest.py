@@ -9,10 +9,12 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import distributed.forking  # noqa: F401  before anything starts its server
 from data_pipeline.prepare import prepare
@@ -65,6 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     kinds = [[file for file in files if (file.parent.name == "distributed") == ranks] for ranks in (True, False)]
     place = {file: (number + 0.5) / len(kind) for kind in kinds for number, file in enumerate(kind)}
     items.sort(key=lambda item: place[item.path])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_process_group_is_left() -> Iterator[None]:
+    """What trains in the process of the tests makes one, beside which the next file could pretend none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

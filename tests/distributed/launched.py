@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from distributed.forking import forking
+from distributed.forking import forking, leave_with_the_server
 
 TIMEOUT = 120
 
@@ -52,6 +52,7 @@ def wait_for(happened: Callable[[], bool], timeout: float = 120) -> None:
 
 
 def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    leave_with_the_server()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     import torch
     import torch.distributed as dist

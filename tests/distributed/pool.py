@@ -8,7 +8,6 @@ wait in a collective would hang them, so a pool with a failure is killed, and th
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import logging
 import os
@@ -19,14 +18,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distributed.forking import forking
+from distributed.forking import forking, leave_with_the_server
 
 TIMEOUT = 240  # seconds of one job; those of the fast suite take ten at most on two quiet cores
 
@@ -102,7 +100,7 @@ def run_job(world_size: int, function: Callable[..., Any], *arguments: Any, **op
     pool = _POOLS.get(world_size) or _POOLS.setdefault(world_size, Pool(world_size))
     try:
         return pool.run(function, *arguments, **options)
-    except RankFailed:
+    except BaseException:  # of a rank that died between jobs too, and of Ctrl-C, after which answers are left in pipes
         _POOLS.pop(world_size).kill()
         raise
 
@@ -114,10 +112,7 @@ def _close() -> None:
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
-    # A stopped rank does not see its pipe's end, so it is to die with the server (PR_SET_PDEATHSIG), which leaves where
-    # nobody holds the other end of its own pipe any more: a rank would, by what it is given.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
+    leave_with_the_server()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
@@ -128,7 +123,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     groups, library = _Groups(), dist.distributed_c10d
     library._new_group_with_tag = groups.lend(library._new_group_with_tag)
     while True:
-        gc.freeze()  # the modules imported till now: going through them in every collection took a fifth of a job
+        gc.freeze()  # mostly modules: going through them in every collection took a fifth of a job
         try:
             function, arguments, options = pipe.recv()
         except EOFError:
@@ -138,7 +133,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
-        del outcome
+        del function, arguments, options, outcome
         groups.used.clear()
         _drop_engines()
         pipe.send(None)
@@ -182,4 +177,5 @@ def _drop_engines() -> None:
                 engine.destroy()
                 vars(engine.optimizer).clear()
                 vars(engine).clear()
+            del engine
     gc.collect()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from distributed.forking import forking
+from distributed.forking import forking, leave_with_the_server
 
 
 def alone(function: Callable[..., Any], *arguments: Any, timeout: float = 300, **options: Any) -> Any:
@@ -23,4 +23,5 @@ def _executor() -> ProcessPoolExecutor:
 def _one_thread() -> None:
     import torch
 
+    leave_with_the_server()
     torch.set_num_threads(1)

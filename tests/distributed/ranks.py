@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed.forking import forking
+from distributed.forking import forking, leave_with_the_server
 
 TIMEOUT = 180
 
@@ -39,6 +39,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
 
 
 def _rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    leave_with_the_server()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     import torch
     import torch.distributed as dist

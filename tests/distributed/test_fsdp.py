@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +13,7 @@ import torch
 from distributed.ranks import run_ranks
 from runs import assert_same_tensors, losses, tensors
 from sisa_dist.checkpoint import list_checkpoints
-from sisa_dist.config import ParallelConfig, RunConfig, UserError
+from sisa_dist.config import ParallelConfig, RunConfig, UserError, dump_config
 from sisa_dist.engine import Engine, StepResult, build_engine
 from sisa_dist.parallel.mesh import Mesh, init_mesh
 from sisa_dist.training import trainer
@@ -113,8 +115,10 @@ def test_resume_on_two_processes_is_bit_equal_and_moves_to_one(tiny: RunConfig, 
         assert a[3] == b[3] and abs(a[1] - b[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_tensor_parallel_layouts(tiny: RunConfig, tmp_path: Path) -> None:
-    """Half of it at tp 2 × dp 2 with sequence parallelism, half on one process, either way round."""
+    """Half of it at tp 2 × dp 2 with sequence parallelism, half on one process, either way round. In the fast suite
+    test_resume_anywhere.py's."""
     sections = {"training": {"micro_batch_size": 1}}
     cut = {"parallel": ParallelConfig(tp=2, sequence_parallel=True).model_dump()}
     straight = _with(tiny, tmp_path / "straight", **sections)
@@ -135,11 +139,21 @@ def test_a_run_moves_between_tensor_parallel_layouts(tiny: RunConfig, tmp_path: 
             assert (got[key] - tensor).abs().max() < (1e-4 if key.startswith("model.") else 1e-6), key
 
 
+def test_torchrun_trains(tiny: RunConfig, tmp_path: Path) -> None:
+    config = _with(tiny, tmp_path / "run", training={"micro_batch_size": 1, "steps": 2, "eval_every": None})
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "sisa_dist.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["sisa_dist.cli", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in losses(tmp_path / "run")] == [1, 2]
+
+
 def test_a_wrong_layout_is_one_line(tiny: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"parallel\.dp = 1 × 3 but 1 process"):
         train(_with(tiny, tmp_path / "x", parallel={"dp": 3}), quiet=True)
     uneven = _with(tiny, tmp_path / "y", training={"global_batch_tokens": 192, "micro_batch_size": 1})
-    assert all("set it to 128 or 256" in said for said in run_ranks(_refused, 2, tmp_path, uneven))
+    assert all("set it to 128 or 256" in said and "\n" not in said for said in run_ranks(_refused, 2, tmp_path, uneven))
 
 
 def _refused(config: RunConfig) -> str:

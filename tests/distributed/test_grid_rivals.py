@@ -26,9 +26,10 @@ def cases(name: str) -> list[Case]:
     ]
 
 
-# What runs in the fast suite: where tp 4 does not divide a variant's groups or kv heads, that; one variant of every
-# mixer under ZeRO-3; of the others sequence parallelism on two ranks.
-BY_FOUR = ("mamba2_groups", "mamba3_mimo", "falcon_h1_scaled", "sigmoid_sisa", "jamba", "hymba", "fox_pro")
+# What runs in the fast suite: tp 4 over two groups or two kv heads, of a mixer or a block that test_grid.py has not;
+# one variant of every mixer under ZeRO-3; of the others sequence parallelism on two ranks.
+BY_FOUR = ("sigmoid_sisa", "jamba", "mamba2_groups", "mamba3_mimo", "falcon_h1", "falcon_h1_scaled", "hymba", "fox_pro")
+BY_FOUR += ("ssm_gated",)
 BY_ZERO = ("sisa_ssmax", "attention_ssmax", "sigmoid_sisa", "mamba", "mamba2", "mamba3_sisa", "falcon_h1", "hymba")
 BY_ZERO += ("fox",)
 FAST = [cases(name)[0] for name in BY_FOUR] + [cases(name)[1] for name in BY_ZERO]
@@ -44,5 +45,9 @@ def test_a_rival_equals_one_process(case: Case) -> None:
 
 def test_every_mixer_is_seen_under_fsdp2_and_zero_3() -> None:
     assert {case.mixer for case in FAST} == {*RIVALS}
+    in_two = {
+        name for name, keys in RIVALS.items() if 2 in (keys.get("n_kv_heads"), keys.get("ssm", {}).get("n_groups"))
+    }
+    assert {*BY_FOUR} == {name for name in in_two if mixer_of(name) != "sisa"} | {"ssm_gated"}
     sharded, zero = ({mixer_of(case.mixer) for case in FAST if case.engine == engine} for engine in ((), ZERO3))
     assert zero == {mixer_of(name) for name in RIVALS} and sharded == zero - {"attention"}  # test_grid.py's

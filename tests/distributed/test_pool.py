@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from distributed.forking import IMPORTED
 from distributed.launched import wait_for
-from distributed.pool import run_job
+from distributed.pool import RankFailed, run_job
 
 
 def _groups() -> list[int]:
@@ -28,19 +30,36 @@ def test_a_job_is_given_the_groups_of_the_one_before_and_none_twice() -> None:
     assert first == second and len(set(first[0][:2])) == 2
 
 
+def _missing() -> list[str]:
+    return [name for name in IMPORTED if name not in sys.modules]
+
+
+def test_everything_was_imported_before() -> None:
+    assert run_job(2, _missing) == [[], []]
+
+
+def test_a_rank_that_died_between_jobs_costs_one_job() -> None:
+    for pid in run_job(2, os.getpid)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises((RankFailed, OSError)):
+        run_job(2, os.getpid)
+    assert len(run_job(2, os.getpid)) == 2
+
+
 STARTED = """
 import os
 import torch
 from distributed.pool import run_job
+from distributed.pretending import alone
 
 if __name__ == "__main__":
-    print("ranks", *run_job(2, os.getpid), flush=True)
+    print("processes", *run_job(2, os.getpid), alone(os.getpid), flush=True)
     input()
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks with GPUs are not stopped")
-def test_stopped_ranks_leave_with_tests_that_are_killed(tmp_path: Path) -> None:
+def test_all_processes_leave_with_tests_that_are_killed(tmp_path: Path) -> None:
     (tmp_path / "started.py").write_text(STARTED, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, str(tmp_path / "started.py")]
@@ -48,12 +67,12 @@ def test_stopped_ranks_leave_with_tests_that_are_killed(tmp_path: Path) -> None:
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert started.stdout is not None
-    ranks = next(line.split()[1:] for line in started.stdout if line.startswith("ranks"))
-    assert len(ranks) == 2
-    wait_for(lambda: [_state(pid) for pid in ranks] == ["T", "T"])
+    processes = next(line.split()[1:] for line in started.stdout if line.startswith("processes"))
+    assert len(processes) == 3
+    wait_for(lambda: [_state(pid) for pid in processes[:2]] == ["T", "T"])
     started.kill()
     started.wait()
-    wait_for(lambda: {_state(pid) for pid in ranks} <= {"gone", "Z"}, timeout=30)
+    wait_for(lambda: {_state(pid) for pid in processes} <= {"gone", "Z"}, timeout=30)
 
 
 def _state(pid: str) -> str:

@@ -156,7 +156,7 @@ PEAKS |= {
 }
 
 
-FAST = ("attention_tp2", "sisa_dp2", "moe_ep2", "zero3_sisa_tp2")
+FAST = ("attention_tp2", "sisa_dp2", "zero3_sisa_tp2")
 
 
 @pytest.mark.parametrize(

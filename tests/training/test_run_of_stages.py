@@ -146,9 +146,8 @@ def die() -> None:
     [
         (3, "keep"),
         (5, "reset"),
-        (9, "reset"),
         *(pytest.param(step, "keep", marks=pytest.mark.slow) for step in (4, 5, 6, 9)),
-        *(pytest.param(step, "reset", marks=pytest.mark.slow) for step in (3, 4, 6)),
+        *(pytest.param(step, "reset", marks=pytest.mark.slow) for step in (3, 4, 6, 9)),
     ],
 )
 def test_killed_in_any_stage_it_goes_on_to_the_bit(
