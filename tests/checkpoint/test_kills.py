@@ -36,7 +36,7 @@ def _endless(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update=update)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_kill_at_any_instant_leaves_a_whole_newest_checkpoint(tiny: RunConfig, tmp_path: Path, kills: int) -> None:
     config, run = _endless(tiny, tmp_path / "run"), tmp_path / "run"
     random_ = random.Random(0)

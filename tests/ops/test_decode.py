@@ -31,7 +31,7 @@ def test_any_chunks_are_the_full_run(heads, kv_heads, d_v, d_s, chunks):
     assert torch.allclose(in_chunks(AttentionCache(), plain, chunks), causal_attention(**plain), atol=1e-12)
 
 
-@pytest.mark.parametrize("decay", [0.01, 2.0])
+@pytest.mark.parametrize("decay", [pytest.param(0.01, marks=pytest.mark.slow), 2.0])
 def test_token_by_token_at_4096_with_strong_decay(decay):
     x = inputs(4096, batch=1, heads=2, kv_heads=1, d_h=16, d_s=16, decay=decay, dtype=torch.float32)
     full = sisa_attention(**x)

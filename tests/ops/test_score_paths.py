@@ -48,14 +48,14 @@ def test_fp32(T, decay):
     assert_close(value_and_gradients(x), value_and_gradients(as_fp64(x), path="dense"), FP32, floor=0.2)
 
 
-@pytest.mark.parametrize("decay", [0.01, 2.0])
+@pytest.mark.parametrize("decay", [pytest.param(0.01, marks=pytest.mark.slow), 2.0])
 def test_fp32_at_4096(decay):
     x = make(4096, batch=1, heads=1, d_h=64, d_s=32, decay=decay, dtype=torch.float32)
     assert_close(value_and_gradients(x), value_and_gradients(as_fp64(x), path="dense"), FP32, floor=0.2)
 
 
 @pytest.mark.parametrize("aux", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("T", "decay"), [(65, 0.5), (777, 2.0), (2048, 0.03)])
+@pytest.mark.parametrize(("T", "decay"), [(65, 0.5), (777, 2.0), pytest.param(2048, 0.03, marks=pytest.mark.slow)])
 def test_bf16(T, decay, aux):
     x = make(T, batch=1, heads=4, kv_heads=2, d_h=64, d_s=32, decay=decay, dtype=torch.bfloat16, aux=aux)
     got = value_and_gradients(x, path="auto")
