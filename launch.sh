@@ -40,17 +40,12 @@ setup() {
     "$py" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
     # torch by its exact version first, so that nothing else decides which build is taken.
     "$py" -m pip install --quiet --no-compile --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
+    # Of all the rest Python compiles what is imported, when it is: pip would all of it, for a minute, on one core.
     "$py" -m compileall -qq "$venv/lib" & # pip leaves a core idle
     # DeepSpeed compiles no kernel here (DS_BUILD_OPS=0), nor do we use one that it would compile at run time.
     [ "$(gpus)" -gt 0 ] || cpu=(DS_ACCELERATOR=cpu)
     env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --no-compile --constraint constraints.txt \
         --editable '.[test,deepspeed]'
-    # By itself pip compiles on one core, after all else. Some packages ship templates that are no Python, which it
-    # passes over too; it takes Ctrl-C for one of them.
-    trap 'exit 130' INT
-    wait
-    "$py" -m compileall -qq -j 0 "$venv/lib" || true
-    trap - INT
     echo "$wanted" >"$stamp"
 }
 

@@ -28,7 +28,7 @@ from sisa_dist.parallel.mesh import init_mesh
 from sisa_dist.training.heartbeat import Beat, blame, read_beats
 from sisa_dist.training.trainer import train
 
-TIMEOUT_MINUTES = 0.25  # a busy machine has taken more than 6 s to begin
+TIMEOUT_MINUTES = 0.25  # 15 s: a busy machine has taken more than 6 s to begin
 PHASES = "next batch|label count|forward|backward|gradient norm|verdict|optimizer|results|checkpoint|evaluation"
 
 

@@ -132,7 +132,7 @@ def test_the_mutation_list_has_it() -> None:
     assert "tensor_model_parallel forgotten" in MUTATIONS
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_sanity_checks_pass_and_change_nothing(stage: int) -> None:
     engine = (("kind", "deepspeed"), ("zero_stage", stage), ("check_every", 1))
     check(Case("tp2_dp2_sp", "sisa", 1, "uniform", "fp32", engine=engine))

@@ -42,9 +42,14 @@ AXES = ("engine", "ranks", "tp", "sp")
 LOOPED = [("fsdp2", 4, 2), ("zero0", 2, 1), ("zero1", 2, 2), ("zero2", 2, 1), ("zero3", 4, 2)]
 LOOPS = [place for place in VISITED if (place.engine, place.ranks, place.tp) in LOOPED]
 OFFLOADED = [Place(engine, 2, offload=True) for engine in ("zero3", "fsdp2", "zero1")]
-BF16 = [Place("fsdp2", 2), Place("zero2", 2, 2), Place("zero2", 2, 2), Place("fsdp2", 2, 2, True)]
-BF16_WAY = [*BF16[:1], Place("zero3", 2), Place("fsdp2", 1), Place("zero1", 2), Place("zero1", 2), *BF16[1:]]
-BF16, BF16_WAY = ([replace(place, precision="bf16") for place in way] for way in (BF16, BF16_WAY))
+
+
+def in_bf16(*way: Place) -> list[Place]:
+    return [replace(place, precision="bf16") for place in way]
+
+
+BF16 = in_bf16(Place("fsdp2", 2), Place("zero2", 2, 2), Place("zero2", 2, 2), Place("fsdp2", 2, 2, True))
+BF16_WAY = [*in_bf16(Place("zero3", 2), Place("fsdp2", 1), Place("zero1", 2), Place("zero1", 2)), *BF16]
 
 
 def long_walk() -> list[Place]:
@@ -74,6 +79,7 @@ def long_walk() -> list[Place]:
     return [*way, HSDP, *OFFLOADED, HSDP]
 
 
+# By their numbers in ENGINES: three rounds, in no two of which an engine follows the same one.
 _ORDERS = ((0, 1, 2, 3, 4), (2, 0, 3, 1, 4), (3, 0, 4, 2, 1))
 
 
@@ -222,7 +228,7 @@ def test_after_all_moves_it_is_still_the_run_of_one_process(
             assert digest == want[step][2] and abs(loss - want[step][0]) <= FP32, (move.place, step)
             seen.add(step)
     assert len(seen) > steps - 2 * BEFORE
-    assert want[steps][0] < want[1][0] - 0.3, "it must have learnt something"
+    assert want[steps][0] < want[1][0] - 0.3, "it must have learnt something"  # 0.44
 
 
 def test_the_walks_are_as_long_as_they_say() -> None:
@@ -284,14 +290,20 @@ SEEN = {  # terms that must be red, by their beginning
     "the cursor off by one": ("samples", "loss", "norm", "final model."),
     "slices stored plain": ("loaded model.", "loss", "norm"),
 }
+MISTAKEN = [  # the first of each in the fast suite too; without tp there is nothing to slice
+    ("a moment dropped", (FSDP2, ZERO3)),
+    ("Adam's step forgotten", (ZERO3, FSDP2)),
+    ("the cursor off by one", (FSDP2, ZERO3)),
+    ("slices stored plain", (ZERO1, FSDP2)),
+]
 
 
 @pytest.mark.parametrize(
     ("mistake", "place"),
-    [  # without tp there is nothing to slice
-        pytest.param(mistake, place, id=f"{mistake}, {place}", marks=[pytest.mark.slow] * (place.engine == slow))
-        for mistake, slow in zip(SEEN, ("zero3", "fsdp2", "zero3", "fsdp2"), strict=True)
-        for place in (FSDP2, ZERO1 if mistake == "slices stored plain" else ZERO3)
+    [
+        pytest.param(mistake, place, id=f"{mistake}, {place}", marks=[pytest.mark.slow] * number)
+        for mistake, places in MISTAKEN
+        for number, place in enumerate(places)
     ],
 )
 def test_a_mistake_is_seen(

@@ -43,6 +43,8 @@ PATHS = get_args(AttentionConfig.model_fields["path"].annotation)
 NAMES = [(name, option) for name in CASES for option in (OPTIONS if name in ("sisa", "attention") else ("plain",))]
 # attention.path chooses how sisa's score is computed, whatever its options.
 GRID = [(name, path, option) for name, option in NAMES for path in (PATHS if name == "sisa" else ("auto",))]
+# Slow where it is packed: each option is seen under `auto`, each path of the plain one.
+CROSSED = [(name, path, option) for name, path, option in GRID if path != "auto" and option != "plain"]
 
 
 def test_the_grid_is_what_it_says() -> None:
@@ -107,7 +109,10 @@ def _slow(*values: object) -> list[Any]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), pytest.param(torch.float32, 1e-5, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize(("name", "path", "option"), GRID)
+@pytest.mark.parametrize(
+    ("name", "path", "option"),
+    [pytest.param(*case, marks=pytest.mark.slow) if case in CROSSED else case for case in GRID],
+)
 def test_packed_is_apart(name: str, path: str, option: str, dtype: torch.dtype, tolerance: float) -> None:
     tokens, labels, doc_ids, places = packed()
     for strength in decays(name, path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from distributed.grid import LAYOUTS
 from distributed.measured import held_bytes, peak_rise
 from distributed.pool import run_job
 from distributed.pretending import alone
+from sisa_dist import cli
 from sisa_dist.config import RunConfig, UserError, load_config, parse_config
 from sisa_dist.model import build_model
 from sisa_dist.model.flops import training_flops_per_token
@@ -235,14 +237,19 @@ def test_numbers_and_refusals() -> None:
         alone(estimate, load_config(QUICKSTART, [*SMALL, "parallel.tp=2"]), world_size=3)
 
 
+def _printed(*options: str) -> str:
+    """What `sisa estimate` prints."""
+    sys.argv = ["sisa", "estimate", str(QUICKSTART), "--world", "2", *options]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli._run() == 0
+    return out.getvalue()
+
+
 def test_the_command_prints_a_table_and_json() -> None:
-    command = [sys.executable, "-m", "sisa_dist.cli", "estimate", str(QUICKSTART), "--world", "2"]
-    command += [part for override in SMALL for part in ("--set", override)]
-    table = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert table.returncode == 0, table.stderr
-    told = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
-    found = json.loads(told.stdout)
-    assert f"{found['parameters']:,} parameters" in table.stdout
+    small = [part for override in SMALL for part in ("--set", override)]
+    table, told = (alone(_printed, *small, *options) for options in ([], ["--json"]))
+    found = json.loads(told)
+    assert f"{found['parameters']:,} parameters" in table
     assert found["mesh"] == {"dp_replicate": 1, "tp": 1, "dp_shard": 2}
     assert found["weights"] == pytest.approx(4 * found["parameters"] / 2, rel=0.01)
     assert found["states"] == found["weights"] + found["gradients"] + found["moments"]
