@@ -46,6 +46,7 @@ setup() {
     [ "$(gpus)" -gt 0 ] || cpu=(DS_ACCELERATOR=cpu)
     env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --no-compile --constraint constraints.txt \
         --editable '.[test,deepspeed]'
+    wait
     echo "$wanted" >"$stamp"
 }
 
