@@ -170,10 +170,10 @@ def _state_round_a_score(case: Case) -> bool:
     mesh = init_mesh(config.parallel, device="cpu")
     engine = build_engine(config, mesh)
     engine.train_step(micro_batches(case, 0, mesh.dp_rank, mesh.dp_size), 1e-3)
-    before = {name: probing.whole(tensor) for name, tensor in engine.state_tensors().items()}
+    before = probing.whole(engine.state_tensors())
     whole = batch(case, 0)
     engine.score(whole.tokens, whole.labels)
-    after = {name: probing.whole(tensor) for name, tensor in engine.state_tensors().items()}
+    after = probing.whole(engine.state_tensors())
     return before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 

@@ -29,12 +29,12 @@ def _skips(case: Case, bad: bool) -> dict[str, Any]:
 
     results = [step(0)]
     if bad:
-        before = {name: probing.whole(tensor) for name, tensor in _plain(engine).items()}
+        before = probing.whole(_plain(engine))
         real = engine.zero.module.head.forward
         with mock.patch.object(engine.zero.module.head, "forward", lambda *a, **k: _nan(real(*a, **k))):
             results.append(step(1, stop=mesh.tp_rank == 1))
-        after = _plain(engine)
-        assert all(torch.equal(probing.whole(after[name]), tensor) for name, tensor in before.items())
+        after = probing.whole(_plain(engine))
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     results.append(step(2))
     return {"results": results, "weights": probing.weights(engine)}
 
