@@ -89,22 +89,25 @@ class _Growth:
 
     def calls(self, shallow: Counter[Call], deeper: Counter[Call]) -> Counter[Call] | None:
         """Of an operator that more layers do not call more often, as the optimizer's of all weights at once, the calls
-        themselves grow, in the order they first came and equal ones together; of the others there are more. None: of
-        some operator neither is true."""
+        themselves grow, in the order they first came and equal ones together. Of another's those that are alike become
+        more, and the rest grow, as a sum over the layers' own sums. None: the rest do not come out even."""
         grown: Counter[Call] = Counter()
         ours, theirs = _by_operator(shallow), _by_operator(deeper)
         if ours.keys() != theirs.keys():
             return None
         for operator, after in theirs.items():
             before = ours[operator]
-            if before.total() == after.total():
-                for one, other, times in _paired(before, after):
-                    flops = one.flops + self._more * (other.flops - one.flops)
-                    grown[one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))] += times
-            elif before.keys() == after.keys():
-                grown.update({call: self.number(before[call], times) for call, times in after.items()})
-            else:
+            if before.total() != after.total():
+                alike = before.keys() & after.keys()
+                grown.update({c: self.number(before[c], times) for c, times in after.items() if c in alike})
+                before, after = (
+                    Counter({c: times for c, times in calls.items() if c not in alike}) for calls in (before, after)
+                )
+            if before.total() != after.total():
                 return None
+            for one, other, times in _paired(before, after):
+                flops = one.flops + self._more * (other.flops - one.flops)
+                grown[one._replace(flops=flops, nbytes=self.number(one.nbytes, other.nbytes))] += times
         return grown
 
     def moments(

@@ -23,7 +23,8 @@ SMALL += ["model.vocab_size=128", "training.seq_len=64", "training.micro_batch_s
 FSDP2, ZERO3 = ["engine.kind=fsdp2"], ["engine.kind=deepspeed", "engine.zero_stage=3"]
 BUCKETS = "reduce_bucket_size: 20000, stage3_max_live_parameters: 60000, stage3_prefetch_bucket_size: 30000"
 RECOMPUTED = ["engine.activation_checkpointing=true"]
-MOE = ["model.mlp=moe", "model.moe={experts: 4, top_k: 2}", "parallel.ep=2"]
+# Six experts: tensors of as many as of the layers played would pass for each other, and all layers be played.
+MOE = ["model.mlp=moe", "model.moe={experts: 6, top_k: 2}", "parallel.ep=2"]
 SP = ["parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=bf16"]
 CASES: dict[str, tuple[int, list[str]]] = {  # name → (world size, what differs)
     "fsdp2": (2, FSDP2),
@@ -39,7 +40,7 @@ SLOW: dict[str, tuple[int, list[str]]] = {
     "fsdp2_sp_checkpointing": (4, [*FSDP2, *SP, *RECOMPUTED]),
     "fsdp2_prefetch": (2, [*FSDP2, "engine.prefetch=2", "model.n_layers=13"]),
     "fsdp2_prefetch_1": (2, [*FSDP2, "engine.prefetch=1"]),
-    "fsdp2_moe_bias": (4, [*FSDP2, "model.mlp=moe", "model.moe={experts: 4, top_k: 2, balance: bias}"]),
+    "fsdp2_moe_bias": (4, [*FSDP2, "model.mlp=moe", "model.moe={experts: 6, top_k: 2, balance: bias}"]),
     "fsdp2_kept": (2, [*FSDP2, "engine.reshard_after_forward=false"]),
     "fsdp2_offloaded": (2, [*FSDP2, "engine.cpu_offload=true", "engine.mlp_chunk=16"]),
     "fsdp2_moe": (4, [*FSDP2, *MOE]),
@@ -100,6 +101,13 @@ def test_calls_of_all_layers_grow_and_others_become_more() -> None:
     of_all = [Call("optimizer", "aten::_fused_adamw_", "float32", 0.0, 100 + 20 * layers) for layers in (3, 4, 10)]
     grown = grow.calls(Counter({of_a_layer: 6, of_all[0]: 1}), Counter({of_a_layer: 8, of_all[1]: 1}))
     assert grown == {of_a_layer: 20, of_all[2]: 1}
+    # Each layer's own, and one over what the layers gave, of one operator.
+    over_all = [of_a_layer._replace(nbytes=4 * layers) for layers in (3, 4, 10)]
+    both = [Counter({of_a_layer: 2 * layers, over_all[n]: 3}) for n, layers in enumerate((3, 4, 10))]
+    assert over_all[0] == of_a_layer and grow.calls(*both[:2]) is None
+    over_all = [call._replace(nbytes=call.nbytes + 4) for call in over_all]
+    both = [Counter({of_a_layer: 2 * layers, over_all[n]: 3}) for n, layers in enumerate((3, 4, 10))]
+    assert grow.calls(*both[:2]) == both[2]
     # Another group of weights whose bytes at three layers are the first one's at four.
     other = [of_all[0]._replace(nbytes=120 + 20 * layers) for layers in (3, 4, 10)]
     assert other[0] == of_all[1]
