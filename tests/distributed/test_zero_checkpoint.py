@@ -39,11 +39,11 @@ def _close(run: Path, straight: Path) -> None:
         assert (got[key] - tensor).abs().max() < (1e-4 if key.startswith("model.") else 1e-6), key
 
 
-FAST = ("zero3-dp2",)  # the others take a minute each; test_resume_anywhere.py walks through them too
+FAST = ("zero3-dp2",)  # the others take half a minute each; test_resume_anywhere.py walks through them too
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
-def test_zero_resumes_to_the_bit_and_moves_to_one_process_and_back(tiny: RunConfig, tmp_path: Path, name: str) -> None:
+def test_zero_resumes_to_the_bit(tiny: RunConfig, tmp_path: Path, name: str) -> None:
     ranks, stage, parallel = LAYOUTS[name]
     tiny = _with(tiny, tmp_path, training={"micro_batch_size": 1})
     plain = _with(tiny, tmp_path / "plain")
@@ -58,6 +58,15 @@ def test_zero_resumes_to_the_bit_and_moves_to_one_process_and_back(tiny: RunConf
     run_ranks(_train, ranks, tmp_path / "c", broken)
     assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
     assert_same_tensors(list_checkpoints(tmp_path / "broken")[-1], list_checkpoints(tmp_path / "straight")[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_zero_moves_to_one_process_and_back(tiny: RunConfig, tmp_path: Path, name: str) -> None:
+    ranks, stage, parallel = LAYOUTS[name]
+    tiny = _with(tiny, tmp_path, training={"micro_batch_size": 1})
+    plain = _with(tiny, tmp_path / "plain")
+    train(plain, quiet=True)
     there = _zero(tiny, tmp_path / "there", stage, parallel)
     run_ranks(_train, ranks, tmp_path / "d", there, 5)
     train(
