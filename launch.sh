@@ -40,8 +40,9 @@ setup() {
     "$py" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
     # torch by its exact version first, so that nothing else decides which build is taken.
     "$py" -m pip install --quiet --no-compile --constraint constraints.txt "$(grep '^torch==' constraints.txt)"
-    # Of all the rest Python compiles what is imported, when it is: pip would all of it, for a minute, on one core.
-    "$py" -m compileall -qq "$venv/lib" & # pip leaves a core idle
+    # What is there by now, torch above all, on the core that pip leaves idle; the rest Python compiles when it is first
+    # imported (pip would compile all of it: a minute more).
+    "$py" -m compileall -qq "$venv/lib" >/dev/null 2>&1 &
     # DeepSpeed compiles no kernel here (DS_BUILD_OPS=0), nor do we use one that it would compile at run time.
     [ "$(gpus)" -gt 0 ] || cpu=(DS_ACCELERATOR=cpu)
     env DS_BUILD_OPS=0 "${cpu[@]}" "$py" -m pip install --quiet --no-compile --constraint constraints.txt \

@@ -89,8 +89,8 @@ class _Growth:
 
     def calls(self, shallow: Counter[Call], deeper: Counter[Call]) -> Counter[Call] | None:
         """Of an operator that more layers do not call more often, as the optimizer's of all weights at once, the calls
-        themselves grow, in the order they first came and equal ones together. Of another's those that are alike become
-        more, and the rest grow, as a sum over the layers' own sums. None: the rest do not come out even."""
+        themselves grow, in the order they first came and equal ones together. Of another's some become more, and the
+        rest grow, as a sum over the layers' own sums. None: the rest do not come out even."""
         grown: Counter[Call] = Counter()
         ours, theirs = _by_operator(shallow), _by_operator(deeper)
         if ours.keys() != theirs.keys():
@@ -98,10 +98,10 @@ class _Growth:
         for operator, after in theirs.items():
             before = ours[operator]
             if before.total() != after.total():
-                alike = before.keys() & after.keys()
-                grown.update({c: self.number(before[c], times) for c, times in after.items() if c in alike})
+                more = {call for call, times in before.items() if after[call] > times}
+                grown.update({c: self.number(before[c], times) for c, times in after.items() if c in more})
                 before, after = (
-                    Counter({c: times for c, times in calls.items() if c not in alike}) for calls in (before, after)
+                    Counter({c: times for c, times in calls.items() if c not in more}) for calls in (before, after)
                 )
             if before.total() != after.total():
                 return None

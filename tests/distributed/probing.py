@@ -57,8 +57,8 @@ def on_gradients(engine: Any, see: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole, on every rank, in one collective: DTensor's own, one by one, took half of a case. Of what several hold the
-    first counts."""
+    """Whole, on every rank, in one collective: DTensor's own, one by one, took half of a case. Of what several hold a
+    rank's own counts, or else the first's."""
     cut = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     places = {n: compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements) for n, t in cut.items()}
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -67,7 +67,8 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: torch.full(tensor.shape, torch.nan, dtype=tensor.dtype) if name in cut else tensor.clone().cpu()
         for name, tensor in tensors.items()
     }
-    for held in reversed(ranks):
+    for held in (*reversed(ranks), ranks[dist.get_rank()]):
         for name, ((shape, offset), local) in held.items():
+            assert tuple(local.shape) == tuple(shape), name
             found[name][tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))] = local
     return found

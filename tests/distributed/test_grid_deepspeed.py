@@ -132,6 +132,7 @@ def test_the_mutation_list_has_it() -> None:
     assert "tensor_model_parallel forgotten" in MUTATIONS
 
 
+# 1 and 2 come to their weights as 0 does, and to their gradients as 3.
 @pytest.mark.parametrize("stage", [0, 3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))])
 def test_sanity_checks_pass_and_change_nothing(stage: int) -> None:
     engine = (("kind", "deepspeed"), ("zero_stage", stage), ("check_every", 1))

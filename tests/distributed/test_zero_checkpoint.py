@@ -60,7 +60,7 @@ def test_zero_resumes_to_the_bit(tiny: RunConfig, tmp_path: Path, name: str) -> 
     assert_same_tensors(list_checkpoints(tmp_path / "broken")[-1], list_checkpoints(tmp_path / "straight")[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in the fast suite: test_resume_anywhere.py's moves and, by the trainer, test_expert_runs.py's
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_zero_moves_to_one_process_and_back(tiny: RunConfig, tmp_path: Path, name: str) -> None:
     ranks, stage, parallel = LAYOUTS[name]

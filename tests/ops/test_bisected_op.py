@@ -25,7 +25,7 @@ DOCS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0,
     [
         ({}, None, 4),
         pytest.param({"heads": 4, "d_v": 6}, None, 2, marks=pytest.mark.slow),
-        ({"heads": 4, "d_s": 2}, SHORT, 2),
+        ({"heads": 4, "d_s": 2}, SHORT, 3),
         ({"decay": 2.0}, None, 64),
     ],
 )

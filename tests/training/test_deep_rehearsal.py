@@ -108,6 +108,10 @@ def test_calls_of_all_layers_grow_and_others_become_more() -> None:
     over_all = [call._replace(nbytes=call.nbytes + 4) for call in over_all]
     both = [Counter({of_a_layer: 2 * layers, over_all[n]: 3}) for n, layers in enumerate((3, 4, 10))]
     assert grow.calls(*both[:2]) == both[2]
+    # One that is a layer's call at three layers and another's at four.
+    layers_own = of_a_layer, of_a_layer._replace(nbytes=16)
+    calls = [Counter({call: 2 * layers for call in layers_own}) for layers in (3, 4)]
+    assert grow.calls(calls[0] + Counter({layers_own[0]: 3}), calls[1] + Counter({layers_own[1]: 3})) is None
     # Another group of weights whose bytes at three layers are the first one's at four.
     other = [of_all[0]._replace(nbytes=120 + 20 * layers) for layers in (3, 4, 10)]
     assert other[0] == of_all[1]
